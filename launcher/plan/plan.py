@@ -1,0 +1,207 @@
+"""What will run, all of it decided: no `auto`, no default left. Saved as plan.json beside every run.
+
+Two parts that a resume treats differently, each with a hash:
+the **trajectory** decides the numbers (model, data, seed, global batch, optimizer, schedule) and must match;
+the **layout** decides where they are computed (ranks, ZeRO stage, micro batch) and may change.
+The rest (`lifecycle`) may change too: when to evaluate, save, log, and how long to go on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Dtype = Literal["fp32", "bf16"]
+Stage = Annotated[int, Field(ge=0, le=3)]
+
+
+class Part(BaseModel):
+    """Base of every part of a Plan: frozen and closed, so that nothing below can slip in a default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    def hash(self) -> str:
+        """First 16 hex digits of the SHA-256 of the canonical JSON."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+class ModelPlan(Part):
+    """Which weights the run starts from and how they are attended."""
+
+    source: Literal["hub", "folder", "scratch"]
+    """`scratch` is turned into a folder, `<run>/base`, before the first worker starts."""
+    path: str
+    """Hub id, absolute folder, or the absolute `<run>/base` of a scratch model."""
+    revision: str | None
+    """Commit of a hub id."""
+    scratch: dict[str, Any] | None
+    """The transformers configuration of a scratch model."""
+    tokenizer: str | None
+    """Absolute folder or hub id of the tokenizer; None: the model's own, or trained on the data for a scratch model."""
+    chat_template: str | None
+    """The Jinja text that replaces the tokenizer's own."""
+    attention: Literal["sdpa", "varlen", "flash"]
+    trust_remote_code: bool
+
+
+class MethodPlan(Part):
+    """What is trained; fields that a method does not use are None."""
+
+    kind: Literal["full", "lora", "qlora", "freeze"]
+    rank: int | None
+    alpha: float | None
+    dropout: float | None
+    targets: Literal["all-linear"] | tuple[str, ...] | None
+    train_last_layers: int | None
+
+
+class SourcePlan(Part):
+    """One file or data set."""
+
+    path: str
+    """Absolute."""
+    format: Literal["auto", "messages", "alpaca", "prompt_completion", "question_answer"]
+    """`auto` is decided by the rows themselves, when they are read; what was found is in the data's facts."""
+    split: str | None
+    limit: int | None
+
+
+class DataPlan(Part):
+    """Everything that decides which tokens exist and which are supervised."""
+
+    train: tuple[SourcePlan, ...]
+    eval_split: float | None
+    """Share of the training rows held out by hash; None where `eval` names files or nothing is held out."""
+    eval: tuple[SourcePlan, ...]
+    test: tuple[SourcePlan, ...]
+    max_length: int
+    packing: bool
+    too_long: Literal["drop", "truncate", "stop"]
+    on_bad_row: Literal["stop", "drop"]
+    supervise: Literal["all", "last"]
+
+
+class DataFacts(Part):
+    """What preparation found: counted from the tokens, not estimated."""
+
+    folder: str
+    """Absolute folder of the prepared Arrow files and the tokenizer."""
+    content_hash: str
+    """Of the prepared tokens, masks and packs; part of the trajectory."""
+    train_rows: int
+    """Rows of a global batch's unit: packs where packing is on, documents otherwise."""
+    train_documents: int
+    train_tokens: int
+    train_supervised_tokens: int
+    eval_documents: int
+    eval_supervised_tokens: int
+    test_documents: int
+    dropped: dict[str, int]
+    """Documents left out, by reason; each is listed in dropped.jsonl."""
+    vocab_size: int
+    formats: dict[str, str]
+    """Format taken for each source path."""
+
+
+class OptimizerPlan(Part):
+    """AdamW."""
+
+    name: Literal["adamw"]
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    max_grad_norm: float
+
+
+class SchedulePlan(Part):
+    """Shape of the learning rate; its length is `Lifecycle.total_steps`."""
+
+    kind: Literal["cosine", "linear", "constant"]
+    warmup: float
+    """Below 1 a share of all steps, otherwise a number of steps."""
+    min_lr_ratio: float
+
+
+class Trajectory(Part):
+    """Decides every number of the run; must match on resume."""
+
+    model: ModelPlan
+    method: MethodPlan
+    data: DataPlan
+    data_content_hash: str
+    seed: int
+    dtype: Dtype
+    global_batch_size: int
+    optimizer: OptimizerPlan
+    schedule: SchedulePlan
+
+
+class LayoutPlan(Part):
+    """Where the numbers are computed; may differ on resume."""
+
+    workers: int
+    device: Literal["cpu", "cuda"]
+    cpus_per_worker: int
+    zero: Stage
+    offload: bool
+    micro_batch_size: int
+    gradient_checkpointing: bool
+
+
+class GeneratePlan(Part):
+    rows: int
+    max_new_tokens: int
+    batch_size: int
+
+
+class Lifecycle(Part):
+    """How long, and what happens along the way; may differ on resume."""
+
+    epochs: float | None
+    max_steps: int | None
+    total_steps: int
+    """Where the schedule and the run end."""
+    max_time_s: float | None
+    eval_every_steps: int
+    eval_max_rows: int | None
+    generate: GeneratePlan | None
+    checkpoint_every_steps: int
+    keep_last: int
+    keep_best: int
+    log_every_steps: int
+    max_failures: int
+    export: bool
+    merge: bool
+    max_shard_size: str
+
+
+class Plan(Part):
+    """One run, decided to the last value."""
+
+    name: str
+    run_dir: str
+    """Absolute folder of the run."""
+    version: str
+    """Slipway's version."""
+    recipe_hash: str
+    trajectory: Trajectory
+    layout: LayoutPlan
+    lifecycle: Lifecycle
+    data: DataFacts
+    origins: dict[str, str]
+    """Where each decided value comes from: file:line, command line, default, or the planner's reason."""
+
+    def save(self, path: Path) -> None:
+        """Write plan.json."""
+        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read plan.json."""
+        return cls.model_validate_json(path.read_text(encoding="utf-8"))
