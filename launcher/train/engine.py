@@ -1,0 +1,76 @@
+"""From a model and a Plan to a DeepSpeed engine."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from launcher.plan.batch import BatchLayout
+from launcher.plan.deepspeed import deepspeed_config
+from launcher.plan.plan import Plan
+
+log = logging.getLogger(__name__)
+
+
+def without_compiler() -> bool:
+    """True where DeepSpeed cannot build its C++ ops."""
+    return shutil.which("g++") is None and shutil.which("c++") is None
+
+
+def import_deepspeed() -> Any:
+    """`deepspeed`, with the ops switched off that it would compile at start-up and die of where it cannot.
+
+    On CPU DeepSpeed compiles a shared-memory all-reduce as soon as it opens its communication, and raises where there is no
+    C++ compiler or ninja is not on PATH. Gloo does the same work a little slower, on any machine.
+    """
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__ as compatible
+
+    if compatible.get("deepspeed_shm_comm"):
+        log.info("deepspeed_shm_comm is switched off: gloo carries the collectives on CPU")
+    compatible["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def optimizer_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices decay, norms and biases (one-dimensional) do not."""
+    decayed, kept = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # Under ZeRO-3 a partitioned parameter looks one-dimensional; its whole shape is in ds_shape.
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            (decayed if len(shape) > 1 else kept).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(groups: Iterable[dict[str, Any]], plan: Plan) -> torch.optim.Optimizer:
+    """AdamW over `groups`: DeepSpeed's vectorized one when a GPU run offloads and it can be compiled, torch's otherwise."""
+    hyper = plan.trajectory.optimizer
+    settings: dict[str, Any] = {"lr": hyper.lr, "betas": hyper.betas, "eps": hyper.eps}
+    if plan.layout.offload and plan.layout.device == "cuda":
+        if not without_compiler():
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            return DeepSpeedCPUAdam(list(groups), **settings)
+        log.warning("no C++ compiler: the offloaded optimizer is torch's AdamW, several times slower than DeepSpeedCPUAdam")
+    return torch.optim.AdamW(list(groups), **settings, fused=True)
+
+
+def build_engine(model: torch.nn.Module, plan: Plan, batch: BatchLayout) -> Any:
+    """A DeepSpeed engine over `model`; the process group must be open.
+
+    Its `module` keeps the model's own parameter names. Collective.
+    """
+    deepspeed = import_deepspeed()
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    config = deepspeed_config(plan.layout, batch, plan.trajectory.dtype, plan.trajectory.optimizer.max_grad_norm)
+    groups = optimizer_groups(model, plan.trajectory.optimizer.weight_decay)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(groups, plan), config=config)
+    return engine
