@@ -1,0 +1,1 @@
+"""Kernels of the training step's hot path. Each has a PyTorch path that runs anywhere. Never imports `launcher`."""

@@ -1,0 +1,29 @@
+"""Cross entropy of next-token prediction as a sum, with what accuracy needs beside it.
+
+Shapes: S supervised tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def cross_entropy_sum(logits_SV: Tensor, targets_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of -log softmax(logits)[target] in fp32, and how many targets were the most likely token.
+
+    A sum, not a mean: a mean over one micro batch, averaged over micro batches and ranks, weighs tokens by the company they
+    keep. The caller divides by the supervised tokens of the whole global batch.
+
+    Args:
+        logits_SV: [S, V], any floating dtype; S may be 0
+        targets_S: [S] int64
+
+    Returns:
+        loss sum, [] fp32, differentiable; correct tokens, [] fp32
+    """
+    loss = F.cross_entropy(logits_SV.float(), targets_S, reduction="sum")
+    with torch.no_grad():
+        correct = (logits_SV.argmax(-1) == targets_S).sum().float()
+    return loss, correct

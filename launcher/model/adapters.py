@@ -1,0 +1,109 @@
+"""What is trained: every weight, the last layers, or low-rank adapters over a frozen base."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from launcher.errors import ModelError
+from launcher.plan.plan import MethodPlan
+
+
+def apply_method(model: PreTrainedModel, method: MethodPlan, seed: int) -> nn.Module:
+    """Mark what is trained, adding adapters where the method has them.
+
+    Returns the model itself, or peft's wrapper around it. Adapters are fp32 or bf16 like the base and start from `seed` alone,
+    so they are equal on all ranks and at every ZeRO stage.
+
+    Raises:
+        ModelError: nothing to train, or target modules that the model does not have.
+    """
+    if method.kind == "full":
+        return model
+    if method.kind == "freeze":
+        assert method.train_last_layers is not None
+        freeze_all_but_last(model, method.train_last_layers)
+        return model
+    return add_adapters(model, method, seed)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The stack of decoder layers: the longest ModuleList of one class.
+
+    Raises:
+        ModelError: there is none.
+    """
+    stacks = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) > 0 and len({type(layer) for layer in module}) == 1
+    ]
+    if not stacks:
+        raise ModelError("the model has no list of decoder layers to freeze", hint="use method.kind full or lora")
+    return max(stacks, key=len)
+
+
+def freeze_all_but_last(model: PreTrainedModel, num_layers: int) -> None:
+    """Train the last `num_layers` decoder layers, what comes after them (the final norm), and the head unless it is tied.
+
+    Raises:
+        ModelError: the model has fewer layers.
+    """
+    layers = decoder_layers(model)
+    if num_layers > len(layers):
+        raise ModelError(
+            f"method.train_last_layers is {num_layers}, the model has {len(layers)} layers",
+            hint=f"choose at most {len(layers)}, or method.kind full",
+        )
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    frozen: set[nn.Parameter] = set(embedding.parameters())
+    for layer in layers[: len(layers) - num_layers]:
+        frozen.update(layer.parameters())
+    # What is neither a layer, nor the final norm, nor the head (position embeddings, say) is an input: frozen.
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    trained: set[nn.Parameter] = {p for layer in layers[len(layers) - num_layers :] for p in layer.parameters()}
+    trained.update(p for p in (head.parameters() if head is not None else ()) if p not in frozen)
+    trained.update(p for p in model.parameters() if "norm" in names[id(p)] or ".ln_f." in names[id(p)] if p not in frozen)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in trained)
+
+
+def add_adapters(model: PreTrainedModel, method: MethodPlan, seed: int) -> nn.Module:
+    """LoRA adapters (Hu et al., 2021) on the target layers; the base is frozen.
+
+    Raises:
+        ModelError: none of the targets is in the model.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    assert method.rank is not None and method.alpha is not None and method.dropout is not None
+    targets: Any = method.targets if isinstance(method.targets, str) else list(method.targets or ())
+    config = LoraConfig(
+        r=method.rank,
+        lora_alpha=method.alpha,
+        lora_dropout=method.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        bias="none",
+    )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            # autocast_adapter_dtype would keep adapters in fp32 beside a bf16 base, which ZeRO's flat groups do not take.
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+        except ValueError as error:
+            raise ModelError(
+                f"method.targets: {str(error).splitlines()[0]}", hint="name linear layers of the model, or all-linear"
+            ) from error
+    return adapted
+
+
+def enable_gradient_checkpointing(model: nn.Module) -> None:
+    """Keep only each layer's input and compute the rest again in the backward pass."""
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
