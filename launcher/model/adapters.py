@@ -58,17 +58,19 @@ def freeze_all_but_last(model: PreTrainedModel, num_layers: int) -> None:
             f"method.train_last_layers is {num_layers}, the model has {len(layers)} layers",
             hint=f"choose at most {len(layers)}, or method.kind full",
         )
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    frozen: set[nn.Parameter] = set(embedding.parameters())
-    for layer in layers[: len(layers) - num_layers]:
-        frozen.update(layer.parameters())
-    # What is neither a layer, nor the final norm, nor the head (position embeddings, say) is an input: frozen.
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    trained: set[nn.Parameter] = {p for layer in layers[len(layers) - num_layers :] for p in layer.parameters()}
-    trained.update(p for p in (head.parameters() if head is not None else ()) if p not in frozen)
-    trained.update(p for p in model.parameters() if "norm" in names[id(p)] or ".ln_f." in names[id(p)] if p not in frozen)
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter in trained)
+    trained: list[nn.Module] = list(layers[-num_layers:])
+    for parent in model.modules():
+        children = list(parent.children())
+        position = next((i for i, child in enumerate(children) if child is layers), None)
+        if position is not None:
+            trained += children[position + 1 :]
+    head = model.get_output_embeddings()
+    trained += [head] if head is not None else []
+    embedding = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    model.requires_grad_(False)
+    for module in trained:
+        for parameter in module.parameters():
+            parameter.requires_grad_(id(parameter) not in embedding)
 
 
 def add_adapters(model: PreTrainedModel, method: MethodPlan, seed: int) -> nn.Module:

@@ -1,0 +1,259 @@
+"""The training loop: next batch, forward, backward, step, measure, evaluate, checkpoint."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from launcher.checkpoint.retain import retain
+from launcher.checkpoint.save import save
+from launcher.data.loader import EvalData, MicroBatch, TestRows, TrainData
+from launcher.plan.batch import BatchLayout
+from launcher.plan.plan import Plan
+from launcher.train.evaluate import evaluate_loss, exact_match
+from launcher.train.loss import SupervisedLoss
+from launcher.train.metrics import MetricsLog
+from launcher.train.schedule import lr_factor
+from launcher.train.throughput import Stopwatch, memory_bytes
+from launcher.train.verdict import Verdict, stop_requested
+
+
+@dataclass
+class Progress:
+    """Where the run is; saved with every checkpoint."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    tokens: int = 0
+    supervised_tokens: int = 0
+    elapsed_s: float = 0.0
+    """Seconds in the loop, over all attempts."""
+    eval_loss: float | None = None
+    """Of the latest evaluation."""
+    exact_match_before: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything the loop works with, made by `run.py` from the Plan."""
+
+    plan: Plan
+    batch: BatchLayout
+    engine: Any
+    loss: SupervisedLoss
+    train_data: TrainData
+    eval_data: EvalData
+    test_rows: TestRows | None
+    tokenizer: PreTrainedTokenizerBase
+    end_of_turn: int
+    device: torch.device
+    log: MetricsLog
+    watch: Stopwatch
+    attempt: int
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.plan.run_dir)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, equal on all ranks."""
+
+    loss: float
+    """Mean over the global batch's supervised tokens."""
+    accuracy: float
+    stop: bool
+    not_finite: str | None
+    """What was not finite and in which rows; the optimizer has not stepped then."""
+
+
+def train(parts: Parts, progress: Progress) -> Verdict:
+    """Run from `progress` to the end of the plan, or to a stop. Collective; the verdict is equal on all ranks."""
+    plan, life = parts.plan, parts.plan.lifecycle
+    clock = time.monotonic() - progress.elapsed_s
+    if progress.step == 0 and parts.test_rows is not None:
+        progress.exact_match_before = answer_test_rows(parts, 0)
+    parts.watch.lap()
+    while progress.step < life.total_steps:
+        step = progress.step
+        global_batch = parts.train_data.global_batch(step)
+        learning_rate = plan.trajectory.optimizer.lr * lr_factor(plan.trajectory.schedule, step, life.total_steps)
+        result = optimizer_step(parts, step, global_batch.supervised_tokens, learning_rate)
+        if result.not_finite is not None:
+            return Verdict(
+                "not_finite",
+                step,
+                result.not_finite,
+                "lower optimizer.lr, lengthen schedule.warmup, or look at these rows with slipway data",
+                exit_code=1,
+            )
+        progress.step += 1
+        progress.tokens += global_batch.tokens
+        progress.supervised_tokens += global_batch.supervised_tokens
+        progress.elapsed_s = time.monotonic() - clock
+        last = progress.step == life.total_steps
+        out_of_time = agreed_out_of_time(parts, progress.elapsed_s)
+        ending = last or out_of_time or result.stop
+        if progress.step % life.log_every_steps == 0 or ending:
+            log_step(parts, progress, global_batch, result, learning_rate)
+        if (progress.step % life.eval_every_steps == 0 or ((last or out_of_time) and not result.stop)) and len(parts.eval_data):
+            measure(parts, progress)
+        if progress.step % life.checkpoint_every_steps == 0 or ending:
+            checkpoint(parts, progress)
+        if result.stop and not last:
+            return Verdict("stopped", progress.step, f"stopped and saved at step {progress.step}")
+        if out_of_time and not last:
+            finish(parts, progress)
+            return Verdict("out_of_time", progress.step, f"train.max_time is over: saved at step {progress.step}")
+    finish(parts, progress)
+    return Verdict("finished", progress.step, f"finished {progress.step} steps")
+
+
+def optimizer_step(parts: Parts, step: int, supervised_tokens: int, learning_rate: float) -> StepResult:
+    """Forward and backward over this rank's micro batches, then one optimizer step."""
+    engine, batch, rank = parts.engine, parts.batch, dist.get_rank()
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+    seed_step(parts.plan.trajectory.seed, step, rank)
+    # DeepSpeed averages over ranks and micro steps; this turns that average of sums into the sum over the global batch divided by
+    # its supervised tokens, a number known before the first backward.
+    scale = batch.world_size * batch.num_micro_steps / supervised_tokens
+    micro_batches = parts.train_data.micro_batches(step, batch, rank)
+    losses: list[torch.Tensor] = []
+    correct = torch.zeros((), device=parts.device)
+    seen: list[MicroBatch] = []
+    result: StepResult | None = None
+    for micro_step in range(batch.num_micro_steps):
+        with parts.watch.part("data"):
+            micro_batch = next(micro_batches)
+            seen.append(micro_batch)
+        with parts.watch.part("forward"):
+            loss_sum, micro_correct = parts.loss(micro_batch)
+            losses.append(loss_sum.detach())
+            correct += micro_correct
+        boundary = micro_step == batch.num_micro_steps - 1
+        if boundary:
+            result = agree(parts, step, torch.stack(losses), correct, seen, supervised_tokens)
+            if result.not_finite is not None:
+                return result
+        with parts.watch.part("backward"):
+            engine.backward(loss_sum * scale)
+        with parts.watch.part("step"):
+            engine.step()
+    assert result is not None
+    return result
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Random state as a function of (seed, step, rank): a resumed run needs none saved to draw the same dropout masks."""
+    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+
+
+def agree(
+    parts: Parts, step: int, losses: torch.Tensor, correct: torch.Tensor, seen: list[MicroBatch], supervised_tokens: int
+) -> StepResult:
+    """Add the ranks' sums up, and tell every rank of a stop request or a loss that is not finite: the step's only wait."""
+    stop = dist.get_rank() == 0 and stop_requested(parts.run_dir)
+    finite = torch.isfinite(losses)
+    totals = torch.stack(
+        [losses.double().sum(), correct.double(), (~finite).sum().double(), torch.tensor(float(stop), device=parts.device).double()]
+    )
+    dist.all_reduce(totals)
+    loss_total, correct_total, num_bad, stops = totals.tolist()
+    not_finite = None
+    if num_bad:
+        mine = [where for ok, micro in zip(finite.tolist(), seen, strict=True) if not ok for where in micro.where]
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, mine)
+        rows = [where for part in gathered for where in part]
+        shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        not_finite = f"the loss of step {step + 1} is {loss_total / supervised_tokens}; rows: {shown}"
+    return StepResult(loss_total / supervised_tokens, correct_total / supervised_tokens, bool(stops), not_finite)
+
+
+def agreed_out_of_time(parts: Parts, elapsed_s: float) -> bool:
+    """Rank 0's clock decides for all; no collective where the plan has no limit."""
+    limit = parts.plan.lifecycle.max_time_s
+    if limit is None:
+        return False
+    over = torch.tensor(float(elapsed_s >= limit), device=parts.device)
+    dist.broadcast(over, 0)
+    return bool(over.item())
+
+
+def log_step(parts: Parts, progress: Progress, global_batch: Any, result: StepResult, learning_rate: float) -> None:
+    """A line of metrics.jsonl."""
+    norm = parts.engine.get_global_grad_norm()
+    norm = float(norm) if norm is not None else None
+    seconds = parts.watch.lap()
+    parts.log.write(
+        "step",
+        step=progress.step,
+        epoch=round(progress.step / parts.train_data.steps_per_epoch, 4),
+        loss=result.loss,
+        accuracy=result.accuracy,
+        lr=learning_rate,
+        grad_norm=norm if norm is not None and math.isfinite(norm) else None,
+        rows=list(global_batch.rows)[:4],
+        tokens=global_batch.tokens,
+        supervised_tokens=global_batch.supervised_tokens,
+        seconds=seconds,
+        memory_bytes=memory_bytes(parts.device),
+    )
+
+
+def measure(parts: Parts, progress: Progress) -> None:
+    """Evaluation loss and token accuracy."""
+    layout, data = parts.plan.layout, parts.plan.trajectory.data
+    with parts.watch.part("evaluate"):
+        loss, accuracy = evaluate_loss(
+            parts.engine, parts.loss, parts.eval_data, data.max_length * layout.micro_batch_size, parts.device
+        )
+    progress.eval_loss = loss
+    parts.log.write("eval", step=progress.step, loss=loss, accuracy=accuracy)
+
+
+def answer_test_rows(parts: Parts, step: int) -> float:
+    """Exact match on the test rows; the answers are kept in the run's folder."""
+    life = parts.plan.lifecycle
+    assert parts.test_rows is not None and life.generate is not None
+    with parts.watch.part("evaluate"):
+        score = exact_match(
+            parts.engine,
+            parts.test_rows,
+            parts.tokenizer,
+            parts.end_of_turn,
+            life.generate,
+            parts.plan.layout.zero,
+            parts.device,
+            parts.run_dir / f"answers-{step:08d}.jsonl",
+        )
+    parts.log.write("exact_match", step=step, score=score, rows=len(parts.test_rows))
+    return score
+
+
+def checkpoint(parts: Parts, progress: Progress) -> None:
+    """Save, then drop what is superseded."""
+    life = parts.plan.lifecycle
+    with parts.watch.part("checkpoint"):
+        path = save(parts.run_dir, progress.step, parts.attempt, parts.engine, progress.as_dict(), parts.plan)
+        if dist.get_rank() == 0:
+            retain(parts.run_dir, life.keep_last, life.keep_best)
+    parts.log.write("checkpoint", step=progress.step, path=path.name)
+
+
+def finish(parts: Parts, progress: Progress) -> None:
+    """What a run that reached its end still measures."""
+    if parts.test_rows is not None:
+        answer_test_rows(parts, progress.step)

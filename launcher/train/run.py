@@ -1,0 +1,131 @@
+"""One worker's run: parts from the Plan, newest checkpoint, loop, verdict.
+
+Ray's workers call `train_run`; without Ray, `torchrun --nproc-per-node N -m launcher.train.run RUN/plan.json` does the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from launcher.checkpoint.load import load, newest_sound
+from launcher.data.loader import EvalData, TestRows, TrainData
+from launcher.model import attention
+from launcher.model.adapters import apply_method, enable_gradient_checkpointing
+from launcher.model.load import load_config, load_model, model_class
+from launcher.plan.batch import BatchLayout, batch_layout
+from launcher.plan.deepspeed import deepspeed_config
+from launcher.plan.plan import Plan
+from launcher.train.engine import build_engine
+from launcher.train.loop import Parts, Progress, train
+from launcher.train.loss import SupervisedLoss
+from launcher.train.metrics import MetricsLog
+from launcher.train.throughput import Stopwatch
+from launcher.train.verdict import Verdict
+
+log = logging.getLogger(__name__)
+
+
+def train_run(plan: Plan, attempt: int) -> Verdict:
+    """Train to the plan's end, or to a stop. The process group must be open; every rank calls this.
+
+    Raises:
+        SlipwayError: found on all ranks alike, such as a model that cannot be loaded.
+    """
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    device = use_device(plan)
+    batch = batch_layout(plan.trajectory.global_batch_size, plan.layout.micro_batch_size, world_size)
+    run_dir = Path(plan.run_dir)
+    metrics = MetricsLog(run_dir, writes=rank == 0)
+    try:
+        parts = build_parts(plan, batch, device, metrics, attempt)
+        progress = resume_point(parts)
+        metrics.write("start", step=progress.step, attempt=attempt, world_size=world_size, micro_steps=batch.num_micro_steps)
+        return train(parts, progress)
+    finally:
+        metrics.close()
+
+
+def use_device(plan: Plan) -> torch.device:
+    """This rank's device, with the threads that the plan gives a CPU worker."""
+    if plan.layout.device == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return device
+    torch.set_num_threads(plan.layout.cpus_per_worker)
+    return torch.device("cpu")
+
+
+def build_parts(plan: Plan, batch: BatchLayout, device: torch.device, metrics: MetricsLog, attempt: int) -> Parts:
+    """Model, engine and data of one rank."""
+    from transformers import AutoTokenizer
+
+    from launcher.data.template import end_of_turn_id
+
+    trajectory, folder = plan.trajectory, Path(plan.data.folder)
+    config = load_config(trajectory.model)
+    flat = attention.supports_packing(model_class(config), config)
+    ds_config = deepspeed_config(plan.layout, batch, trajectory.dtype, trajectory.optimizer.max_grad_norm)
+    base = load_model(plan, ds_config, device)
+    model = apply_method(base, trajectory.method, trajectory.seed)
+    if plan.layout.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    log.info("%s: %d parameters trained", trajectory.model.path, trained)
+    engine = build_engine(model, plan, batch)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    generate = plan.lifecycle.generate
+    return Parts(
+        plan=plan,
+        batch=batch,
+        engine=engine,
+        loss=SupervisedLoss(engine, base, flat, device),
+        train_data=TrainData(folder, trajectory.global_batch_size, trajectory.seed),
+        eval_data=EvalData(folder, plan.lifecycle.eval_max_rows),
+        test_rows=TestRows(folder, generate.rows) if generate is not None else None,
+        tokenizer=tokenizer,
+        end_of_turn=end_of_turn_id(tokenizer),
+        device=device,
+        log=metrics,
+        watch=Stopwatch(device),
+        attempt=attempt,
+    )
+
+
+def resume_point(parts: Parts) -> Progress:
+    """Load the newest sound checkpoint, if there is one; every rank takes the one rank 0 chose."""
+    choice: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        newest, damaged = newest_sound(parts.run_dir)
+        for message in damaged:
+            log.warning("%s", message)
+            parts.log.write("damaged_checkpoint", message=message)
+        choice = [str(newest) if newest is not None else None]
+    dist.broadcast_object_list(choice, 0)
+    if choice[0] is None:
+        return Progress()
+    return Progress(**load(Path(choice[0]), parts.engine, parts.plan))  # type: ignore[arg-type]
+
+
+def main(plan_file: str) -> int:
+    """Entry for torchrun: opens the process group from the environment, writes the verdict, returns its exit code."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    plan = Plan.load(Path(plan_file))
+    dist.init_process_group("nccl" if plan.layout.device == "cuda" else "gloo")
+    try:
+        verdict = train_run(plan, attempt=0)
+        if dist.get_rank() == 0:
+            verdict.save(Path(plan.run_dir))
+            sys.stderr.write(verdict.message + "\n")
+        return verdict.exit_code
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
