@@ -8,7 +8,6 @@ without asking the device for it. An ordinary mask (generation, padded batches) 
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -27,16 +26,6 @@ NAMES = {"sdpa": "slipway_dense", "varlen": "slipway_varlen", "flash": "slipway_
 def document_borders(cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """[D + 1] int32 to the form that passes through transformers as a mask: [1, 1, max_seqlen, D + 1], no copy."""
     return cu_seqlens.to(torch.int32).expand(1, 1, max_seqlen, -1)
-
-
-def fastest_attention(device: str, dtype: str) -> str:
-    """What `attention: auto` means on this machine: flash-attn, torch's varlen kernel, or SDPA document by document."""
-    if device == "cuda" and dtype == "bf16":
-        if importlib.util.find_spec("flash_attn") is not None:
-            return "flash"
-        if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
-            return "varlen"
-    return "sdpa"
 
 
 def supports_packing(model_class: type[PreTrainedModel], config: PretrainedConfig) -> bool:

@@ -1,0 +1,111 @@
+"""Where the numbers are computed: workers, ZeRO stage, micro batch. Simple rules, each with its reason."""
+
+from __future__ import annotations
+
+from launcher.errors import ClusterError
+from launcher.plan.facts import ClusterFacts
+from launcher.plan.plan import Dtype, LayoutPlan
+from launcher.recipe.schema import Recipe
+
+LARGE = 2_000_000_000
+"""Parameters from which full training's state (16 bytes each) is spread over the ranks with the parameters themselves."""
+TOKENS_PER_MICRO_BATCH = {"cpu": 4096, "cuda": 8192}
+"""Enough tokens to fill the device's matrix units, few enough for the logits of a large vocabulary to fit."""
+
+
+def choose_device(cluster: ClusterFacts) -> str:
+    """GPUs where there are any."""
+    return "cuda" if cluster.gpus else "cpu"
+
+
+def choose_dtype(recipe: Recipe, device: str) -> tuple[Dtype, str | None]:
+    """The training dtype, and the planner's reason where the recipe says auto."""
+    if recipe.train.dtype != "auto":
+        return recipe.train.dtype, None
+    return ("bf16", "bf16 on GPUs") if device == "cuda" else ("fp32", "fp32 on CPUs")
+
+
+def resolve_layout(
+    recipe: Recipe, cluster: ClusterFacts, dtype: Dtype, parameters: int, reasons: dict[str, str]
+) -> LayoutPlan:
+    """Decide the layout; the reason of each `auto` goes into `reasons` under its recipe key.
+
+    Raises:
+        ClusterError: the cluster has too few CPUs or GPUs for the workers asked for.
+    """
+    device = choose_device(cluster)
+    workers = _workers(recipe, cluster, device, reasons)
+    cpus = _cpus_per_worker(recipe, cluster, device, workers, reasons)
+    _check_room(cluster, device, workers, cpus)
+    zero = _zero(recipe, workers, dtype, parameters, reasons)
+    if recipe.parallel.offload == "auto":
+        reasons["parallel.offload"] = "none unless asked for"
+    per_rank = -(-recipe.train.global_batch_size // workers)
+    micro = recipe.train.micro_batch_size
+    if micro == "auto":
+        budget = TOKENS_PER_MICRO_BATCH[device]
+        micro = max(1, min(per_rank, budget // recipe.data.max_length))
+        reasons["train.micro_batch_size"] = f"about {budget} tokens on a {device} rank"
+    checkpointing = recipe.train.gradient_checkpointing
+    if checkpointing == "auto":
+        checkpointing = device == "cuda" and parameters >= 1_000_000_000
+        reasons["train.gradient_checkpointing"] = "on for models of 1B parameters or more on GPUs"
+    return LayoutPlan(
+        workers=workers,
+        device="cuda" if device == "cuda" else "cpu",
+        cpus_per_worker=cpus,
+        zero=zero,
+        offload=recipe.parallel.offload == "cpu",
+        micro_batch_size=micro,
+        gradient_checkpointing=checkpointing,
+    )
+
+
+def _workers(recipe: Recipe, cluster: ClusterFacts, device: str, reasons: dict[str, str]) -> int:
+    if recipe.cluster.workers != "auto":
+        return recipe.cluster.workers
+    reasons["cluster.workers"] = "one a GPU" if device == "cuda" else "one process uses all CPUs of a machine best"
+    return cluster.gpus if device == "cuda" else 1
+
+
+def _cpus_per_worker(
+    recipe: Recipe, cluster: ClusterFacts, device: str, workers: int, reasons: dict[str, str]
+) -> int:
+    if recipe.cluster.cpus_per_worker != "auto":
+        return recipe.cluster.cpus_per_worker
+    if device == "cuda":
+        reasons["cluster.cpus_per_worker"] = "one to feed a GPU"
+        return 1
+    reasons["cluster.cpus_per_worker"] = "the CPUs shared out over the workers"
+    # A worker never spans machines: the largest share that still lets all of them fit somewhere.
+    for cpus in range(max(node.cpus for node in cluster.nodes), 0, -1):
+        if sum(node.cpus // cpus for node in cluster.nodes) >= workers:
+            return cpus
+    return 1
+
+
+def _check_room(cluster: ClusterFacts, device: str, workers: int, cpus: int) -> None:
+    if device == "cuda":
+        room = sum(min(node.gpus, node.cpus // cpus) for node in cluster.nodes)
+        need = f"{workers} workers of 1 GPU and {cpus} CPUs"
+    else:
+        room = sum(node.cpus // cpus for node in cluster.nodes)
+        need = f"{workers} workers of {cpus} CPUs"
+    if workers > room:
+        raise ClusterError(
+            f"the run needs {need}; the cluster has room for {room} ({cluster})",
+            hint=f"set cluster.workers to at most {room}" if room else "free the cluster, or add nodes to it",
+        )
+
+
+def _zero(recipe: Recipe, workers: int, dtype: Dtype, parameters: int, reasons: dict[str, str]) -> int:
+    if recipe.parallel.zero != "auto":
+        return recipe.parallel.zero
+    if workers > 1 and parameters >= LARGE and recipe.method.kind in ("full", "freeze"):
+        reasons["parallel.zero"] = f"about {parameters / 1e9:.1f}B parameters: their state is spread over all ranks"
+        return 3
+    if workers > 1 or dtype == "bf16":
+        reasons["parallel.zero"] = "spreads the optimizer's state and accumulates gradients in fp32"
+        return 1
+    reasons["parallel.zero"] = "one rank has nothing to spread"
+    return 0
