@@ -1,0 +1,76 @@
+"""Ray: start one here, or join the one that is named, and say what it has."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+from launcher.errors import ClusterError
+from launcher.plan.facts import ClusterFacts, NodeFacts, this_machine
+
+CONNECT_TIMEOUT_S = 20
+QUIET = {
+    # No telemetry, of Ray's or Hugging Face's, unless the user asked for it in the environment.
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    # Warnings about what is about to change in Ray say nothing about the user's run.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Paths in the Plan are absolute; workers stay where they were started.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_DEDUP_LOGS": "0",
+}
+
+
+def cluster_address(address: str | None) -> str | None:
+    """The cluster to join: as given, else RAY_ADDRESS; None means one of our own on this machine."""
+    return address or os.environ.get("RAY_ADDRESS") or None
+
+
+@contextlib.contextmanager
+def connected(address: str | None) -> Iterator[ClusterFacts]:
+    """Ray for the length of the block; ours is stopped afterwards, a joined one is left.
+
+    Raises:
+        ClusterError: the address does not answer.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    target = cluster_address(address)
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    try:
+        if target is None:
+            ray.init(address="local", include_dashboard=False, num_cpus=this_machine().cpus, **quiet)
+        else:
+            os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(CONNECT_TIMEOUT_S))
+            ray.init(address=target, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {target or 'this machine'}: {str(error).strip().splitlines()[0]}",
+            hint="check --address and RAY_ADDRESS; without either, slipway starts Ray on this machine",
+        ) from error
+    try:
+        yield cluster_facts()
+    finally:
+        ray.shutdown()
+
+
+def cluster_facts() -> ClusterFacts:
+    """The living nodes of the connected cluster, the one that this process runs on first."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: (node["NodeID"] != here, node["NodeManagerHostname"]))
+    return ClusterFacts(
+        tuple(
+            NodeFacts(
+                host=node["NodeManagerHostname"],
+                cpus=int(node["Resources"].get("CPU", 0)),
+                gpus=int(node["Resources"].get("GPU", 0)),
+            )
+            for node in nodes
+        )
+    )
