@@ -42,7 +42,9 @@ def run_group(world_size: int, function: Callable[..., Result], *args: Any, time
         try:
             for rank in range(world_size):
                 reader, writer = spawn.Pipe(duplex=False)
-                process = spawn.Process(target=_rank, args=(rank, world_size, folder, writer, function, args), daemon=True)
+                process = spawn.Process(
+                    target=_rank, args=(rank, world_size, folder, writer, function, args), daemon=True
+                )
                 with _environment(rank, world_size):
                     process.start()
                 writer.close()  # so that a rank that dies is seen as the end of its pipe
@@ -108,7 +110,7 @@ def _rank(
     text, result = "", None
     try:
         # A file as the store: no port that another test could take between choosing and opening it.
-        store = dist.FileStore(str(Path(folder) / "store"), world_size)
+        store = dist.FileStore(str(Path(folder) / "store"), world_size)  # type: ignore[attr-defined]
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
         result = function(*args)
         message = pickle.dumps((None, "", result))

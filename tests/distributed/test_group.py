@@ -47,12 +47,13 @@ def test_a_ranks_error_is_raised_again_with_its_traceback() -> None:
     with pytest.raises(CheckpointError, match="no such shard") as caught:
         run_group(2, _one_fails)
     assert caught.value.hint == "look elsewhere"
-    assert isinstance(caught.value.__cause__, RankTraceback) and "_one_fails" in str(caught.value.__cause__)
+    assert isinstance(caught.value.__cause__, RankTraceback)
+    assert "_one_fails" in str(caught.value.__cause__)
 
 
 def test_a_dead_rank_is_named() -> None:
     # Which rank is heard of first is a race: the dead one, or the one whose barrier broke.
-    with pytest.raises(RuntimeError, match="rank 1 died with exit code 9|[Cc]onnection"):
+    with pytest.raises(RuntimeError, match=r"rank 1 died with exit code 9|[Cc]onnection"):
         run_group(2, _one_dies)
 
 

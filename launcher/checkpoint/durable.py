@@ -1,0 +1,37 @@
+"""Files that are there after a power cut: written whole, synced, then named."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # SMB and some FUSE file systems cannot sync a folder and say so in one of these ways.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write `path` and make content and name durable. Raises OSError."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(path.parent)
+
+
+def replace_synced(path: Path, content: bytes) -> None:
+    """As `write_synced`, but a reader sees the old content or the new, never a part. Raises OSError."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    write_synced(draft, content)
+    os.replace(draft, path)
+    sync_folder(path.parent)

@@ -1,0 +1,228 @@
+"""The bridge between ZeRO's flat partitions and DCP: what this rank holds, as ranges of flattened parameters.
+
+Every stage of ZeRO cuts the flattened parameters differently, and DeepSpeed keeps the pieces in a different class for
+each. In a checkpoint there is only `<kind>.<parameter's name>`, a flat fp32 tensor of the whole parameter, with kind
+`master`, `exp_avg` or `exp_avg_sq`; DCP stores ranges of it and re-cuts them for whoever loads.
+
+    stage  dtype  engine.optimizer            masters
+    0      fp32   the AdamW itself            the parameters
+    0      bf16   FP16_UnfusedOptimizer       fp32_groups, one tensor a parameter, on every rank
+    1      bf16   BF16_Optimizer              one flat partition a group, with `_hp_mapping` on each parameter
+    1, 2          DeepSpeedZeroOptimizer      the same
+    3             ..._Stage3                  fp32_partitioned_groups_flat, each parameter cut evenly over the ranks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from launcher.errors import CheckpointError
+
+MASTER = "master"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class FlatShard(torch.Tensor):
+    """The range [start, start + numel) of a flattened parameter of `full_numel` values; shares `held`'s storage.
+
+    A tensor, because DCP handles nothing else, with the hooks by which DCP asks a tensor for its place in the whole.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    held: torch.Tensor
+    start: int
+    full_numel: int
+    replicated: bool
+    """Every rank holds the same range, so each writes only its `share`."""
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor, start: int, full_numel: int, replicated: bool = False) -> FlatShard:
+        held = held.detach().view(-1)
+        shard = torch.Tensor._make_subclass(cls, held)
+        shard.held, shard.start, shard.full_numel, shard.replicated = held, start, full_numel, replicated
+        return shard
+
+    def share(self, rank: int, world_size: int) -> FlatShard:
+        """The part that `rank` writes: an equal part of a replicated shard, all of another."""
+        if not self.replicated:
+            return self
+        first, last = (self.held.numel() * edge // world_size for edge in (rank, rank + 1))
+        return FlatShard(self.held[first:last], self.start + first, self.full_numel)
+
+    def size(self, *_: Any) -> torch.Size:  # type: ignore[override]
+        """Of the whole: DCP compares it with what is stored."""
+        return torch.Size([self.full_numel])
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        if self.held.numel() == 0:
+            return []
+        return [ChunkStorageMetadata(torch.Size([self.start]), torch.Size([self.held.numel()]))]
+
+    def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
+        properties = TensorProperties.create_from_tensor(self.held)
+        return [
+            WriteItem(
+                index=MetadataIndex(name, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.size()),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __get_tensor_shard__(self, _: MetadataIndex) -> torch.Tensor:
+        return self.held
+
+
+@dataclass(frozen=True)
+class _Fragment:
+    """Where this rank keeps [start, start + numel) of a flattened parameter."""
+
+    name: str
+    master: torch.Tensor
+    """The tensor AdamW updates, and the key of its state; may hold many parameters."""
+    offset: int
+    """Of the fragment within the flattened master and its moments."""
+    numel: int
+    start: int
+    full_numel: int
+    replicated: bool = False
+
+
+def trainable_parameters(engine: Any) -> dict[str, Any]:
+    """The parameters a checkpoint holds, by the model's own names. Under ZeRO-3 they may be empty at this moment."""
+    return {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+
+
+def parameter_shapes(engine: Any) -> dict[str, tuple[int, ...]]:
+    """Whole shape of every trainable parameter."""
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trainable_parameters(engine).items()}
+
+
+def training_state(engine: Any) -> dict[str, FlatShard]:
+    """`<kind>.<name>` of everything this rank holds of the training state, to be written or overwritten in place.
+
+    Shapes: flat ranges of the flattened parameters, fp32. Optimizer state that does not exist yet (before the first
+    step) is created, all zeros. Raises CheckpointError for an optimizer whose state cannot be re-cut.
+    """
+    moments = _allocate_moments(engine)
+    state = {}
+    for fragment in _fragments(engine):
+        owner = moments[fragment.master]
+        for kind, tensor in ((MASTER, fragment.master), *((kind, owner[kind]) for kind in MOMENTS)):
+            held = tensor.detach().view(-1).narrow(0, fragment.offset, fragment.numel)
+            state[f"{kind}.{fragment.name}"] = FlatShard(held, fragment.start, fragment.full_numel, fragment.replicated)
+    return state
+
+
+def optimizer_step(engine: Any) -> int:
+    """AdamW's own count of steps; 0 before the first."""
+    counts = (engine.basic_optimizer.state.get(master, {}).get("step", 0) for master in _masters(engine))
+    return max((int(count) for count in counts), default=0)
+
+
+def set_optimizer_step(engine: Any, step: int) -> None:
+    """Overwrite AdamW's count, which its bias correction depends on."""
+    for state in _allocate_moments(engine).values():
+        state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else step
+
+
+def publish_masters(engine: Any) -> None:
+    """Copy the masters into the parameters that the next forward pass reads. Collective; needed after every load."""
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 3:
+        # Small parameters stay gathered between steps, and gathering skips what is there: without giving the whole
+        # ones up first, the next forward would use their values from before the load.
+        optimizer.checkpoint_event_prologue()
+        for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.checkpoint_event_epilogue()
+    elif stage > 0:
+        optimizer.update_lp_params()
+    else:
+        with torch.no_grad():
+            for parameter, master in _whole_masters(engine):
+                if parameter is not master:
+                    parameter.copy_(master)
+
+
+def _fragments(engine: Any) -> Iterator[_Fragment]:
+    stage = engine.zero_optimization_stage()
+    named = trainable_parameters(engine)
+    if stage == 0:
+        masters = {id(parameter): master for parameter, master in _whole_masters(engine)}
+        for name, parameter in named.items():
+            numel = parameter.numel()
+            yield _Fragment(name, masters[id(parameter)], 0, numel, 0, numel, replicated=True)
+    elif stage == 3:
+        optimizer, rank = engine.optimizer, dist.get_rank()
+        for name, parameter in named.items():
+            group, offset, part = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = min(rank * part, parameter.ds_numel)
+            # The last ranks' parts are padded; the padding is no part of the parameter.
+            numel = min(part, parameter.ds_numel - start)
+            yield _Fragment(
+                name, optimizer.fp32_partitioned_groups_flat[group], offset, numel, start, parameter.ds_numel
+            )
+    else:
+        groups = engine.basic_optimizer.param_groups
+        for name, parameter in named.items():
+            if (mapping := parameter._hp_mapping) is not None:  # None where all of it belongs to other ranks
+                (master,) = groups[mapping.param_group_index]["params"]
+                here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+                yield _Fragment(name, master, here.start, here.numel, there.start, parameter.numel())
+
+
+def _masters(engine: Any) -> list[torch.Tensor]:
+    """Every tensor AdamW updates on this rank, also those that are all padding."""
+    if engine.zero_optimization_stage() == 3:  # there the optimizer's own groups are empty between steps
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [master for group in engine.basic_optimizer.param_groups for master in group["params"]]
+
+
+def _whole_masters(engine: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Stage 0: each trainable parameter and its master, which in fp32 is the parameter itself."""
+    optimizer = engine.optimizer
+    if optimizer is engine.basic_optimizer:
+        for group in optimizer.param_groups:
+            yield from zip(group["params"], group["params"], strict=True)
+    elif hasattr(optimizer, "fp32_groups"):
+        for parameters, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            yield from zip(parameters, masters, strict=True)
+    else:
+        raise CheckpointError(
+            f"the state of {type(optimizer).__name__} cannot be saved",
+            hint="use parallel.zero 1, 2 or 3, or train.dtype fp32",
+        )
+
+
+def _allocate_moments(engine: Any) -> dict[torch.Tensor, dict[str, Any]]:
+    """AdamW's state by master, created as AdamW would at its first step.
+
+    Taking a step instead, even on zero gradients, would decay the weights.
+    """
+    optimizer = engine.basic_optimizer
+    is_torch = isinstance(optimizer, torch.optim.AdamW)
+    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    states = {}
+    for master in _masters(engine):
+        state = optimizer.state[master]
+        if not state:
+            # DeepSpeedCPUAdam counts in a plain int, torch in a tensor that its fused kernels want beside the weights.
+            counter = torch.zeros((), dtype=torch.float32, device=master.device if on_device else "cpu")
+            state["step"] = counter if is_torch else 0
+            state |= {kind: torch.zeros_like(master, requires_grad=False) for kind in MOMENTS}
+        if not all(kind in state and state[kind].shape == master.shape for kind in MOMENTS):
+            raise CheckpointError(
+                f"the state of {type(optimizer).__name__} is not laid out like the weights and cannot be re-cut",
+                hint="use optimizer.name adamw",
+            )
+        states[master] = state
+    return states

@@ -1,0 +1,51 @@
+"""All ranks succeed, or all fail with the same words."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from launcher.errors import CheckpointError, RunFolderError, SlipwayError
+
+Result = TypeVar("Result")
+
+_FOLDER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR}
+
+
+def together(doing: str, action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> list[Result]:
+    """`action()` on every rank of `group`; all ranks' results. Collective.
+
+    Where it raises on any rank, all raise the same: the first failing rank's own SlipwayError, RunFolderError for what
+    the run's folder is to blame for (full, read-only, gone), otherwise CheckpointError. `doing` begins the message.
+    """
+    try:
+        mine: tuple[SlipwayError | None, Result | None] = (None, action())
+    except (Exception, CheckpointException) as error:  # DCP's own is a BaseException
+        mine = (explained(doing, error), None)
+    everyone: list[tuple[SlipwayError | None, Result | None]] = [mine]
+    if dist.is_initialized():
+        everyone = [mine] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, mine, group=group)
+    for failure, _ in everyone:
+        if failure is not None:
+            raise failure
+    return [result for _, result in everyone]  # type: ignore[misc]
+
+
+def explained(doing: str, error: BaseException) -> SlipwayError:
+    """`error` in our words; one of ours is left as it is."""
+    if isinstance(error, CheckpointException):
+        rank = min(error.failures)
+        doing, error = f"{doing} (rank {rank})", error.failures[rank][0]
+    if isinstance(error, SlipwayError):
+        return error
+    if isinstance(error, OSError) and error.errno in _FOLDER_ERRNOS:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        where = f": {error.filename}" if error.filename else ""
+        hint = "free some space there" if is_full else "check that the run's folder is there and writable"
+        return RunFolderError(f"{doing}: {error.strerror}{where}", hint=hint)
+    return CheckpointError(f"{doing}: {type(error).__name__}: {error}")
