@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from launcher.errors import Problem, UserError
-from launcher.recipe.origin import Origin, shown
+from launcher.recipe.origin import COMMAND_LINE, Origin, shown
 
 Key = tuple[str | int, ...]
 """Steps from the top of a recipe to a value: names of keys and positions in lists."""
@@ -23,13 +23,27 @@ def dotted(key: Key) -> str:
     return ".".join(str(part) for part in key)
 
 
+@dataclass(frozen=True)
+class Finding:
+    """One mistake and where it was made; becomes a Problem once all are known and in order."""
+
+    origin: Origin
+    key: Key
+    message: str
+    hint: str | None = None
+
+    def problem(self) -> Problem:
+        """As it is reported."""
+        return Problem(str(self.origin), dotted(self.key), self.message, self.hint)
+
+
 @dataclass
 class Document:
     """Values with their origins; sections and lists have an origin as well as leaves."""
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[Key, Origin] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
 
 class Reader(yaml.SafeLoader):
@@ -51,7 +65,7 @@ for _name, _pattern in SCALARS.items():
 
 
 def read(path: Path) -> Document:
-    """Read one recipe file. What is wrong with its YAML is in `problems`. Raises UserError where it cannot be read."""
+    """Read one recipe file. What is wrong with its YAML is in `findings`. Raises UserError where it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -66,8 +80,8 @@ def read(path: Path) -> Document:
     if isinstance(value, dict):
         document.values = value
     else:
-        where = str(Origin("file", path, node.start_mark.line + 1))
-        document.problems.append(Problem(where, "", "a recipe is a list of `key: value` lines"))
+        origin = Origin("file", path, node.start_mark.line + 1)
+        document.findings.append(Finding(origin, (), "a recipe is a list of `key: value` lines"))
     return document
 
 
@@ -76,8 +90,8 @@ def parse_value(text: str) -> Any:
     document = Document()
     node = yaml.compose(text, Reader)
     value = None if node is None else _Walk(document, None).value(node, ())
-    if document.problems:
-        raise yaml.YAMLError(document.problems[0].message)
+    if document.findings:
+        raise yaml.YAMLError(document.findings[0].message)
     return value
 
 
@@ -92,7 +106,7 @@ def _compose(text: str, document: Document, path: Path) -> yaml.Node | None:
         line = text.count("\n", 0, error.position) + 1
         problem = f"not YAML: the character {chr(error.character)!r} is not allowed"
     hint = "YAML is indented with spaces, and text with `: ` or `#` in it needs quotes"
-    document.problems.append(Problem(str(Origin("file", path, line)), "", problem, hint))
+    document.findings.append(Finding(Origin("file", path, line), (), problem, hint))
     return None
 
 
@@ -159,9 +173,10 @@ class _Walk:
         return self.problem(node, key, f"the YAML tag {node.tag} is not supported", "write plain values")
 
     def note(self, node: yaml.Node, key: Key) -> None:
-        if self.path:
-            self.document.origins[key] = Origin("file", self.path, node.start_mark.line + 1)
+        self.document.origins[key] = self.origin(node)
 
     def problem(self, node: yaml.Node, key: Key, message: str, hint: str | None = None) -> None:
-        where = str(Origin("file", self.path, node.start_mark.line + 1)) if self.path else "command line"
-        self.document.problems.append(Problem(where, dotted(key), message, hint))
+        self.document.findings.append(Finding(self.origin(node), key, message, hint))
+
+    def origin(self, node: yaml.Node) -> Origin:
+        return Origin("file", self.path, node.start_mark.line + 1) if self.path else COMMAND_LINE

@@ -16,12 +16,12 @@ class Origin:
     file: Path | None = None
     """Absolute; with kind `file` only."""
     line: int | None = None
-    """Counted from 1."""
+    """Counted from 1; None where the file as a whole is meant."""
 
     def __str__(self) -> str:
         if self.file is None:
             return self.kind
-        return f"{shown(self.file)}:{self.line}"
+        return shown(self.file) if self.line is None else f"{shown(self.file)}:{self.line}"
 
 
 COMMAND_LINE = Origin("command line")
