@@ -1,0 +1,110 @@
+"""The trained model in this process's memory, from a committed checkpoint and the Plan alone; adapters folded in on request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from launcher.checkpoint.load import load_weights
+from launcher.errors import CheckpointError, ModelError
+from launcher.model.adapters import apply_method
+from launcher.model.load import DTYPES, load_config, nf4, readable_errors
+from launcher.plan.plan import Plan
+
+
+def trained_model(plan: Plan, checkpoint: Path) -> nn.Module:
+    """The base with the checkpoint's weights, in the training dtype, on the CPU; peft's wrapper for adapters.
+
+    Raises:
+        CheckpointError: a trained weight is missing in the checkpoint, or has another shape.
+        ModelError: the base cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    trajectory = plan.trajectory
+    dtype = DTYPES[trajectory.dtype]
+    arguments: dict[str, Any] = {"dtype": dtype}
+    if trajectory.method.kind == "qlora":
+        arguments |= {"quantization_config": nf4(dtype), "device_map": {"": "cpu"}}
+    with readable_errors(trajectory.model):
+        base = AutoModelForCausalLM.from_pretrained(
+            trajectory.model.path,
+            config=load_config(trajectory.model),
+            revision=trajectory.model.revision,
+            trust_remote_code=trajectory.model.trust_remote_code,
+            **arguments,
+        )
+    model = apply_method(base, trajectory.method, trajectory.seed)
+    fill(model, load_weights(checkpoint), checkpoint)
+    return model.eval()
+
+
+def fill(model: nn.Module, weights: dict[str, torch.Tensor], checkpoint: Path) -> None:
+    """Copy fp32 masters into the trained parameters; every one must be there, and nothing else.
+
+    Raises:
+        CheckpointError: the checkpoint and the model do not name the same parameters, or shapes differ.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if trained.keys() != weights.keys():
+        different = sorted(trained.keys() ^ weights.keys())
+        raise CheckpointError(f"{checkpoint.name} and the model differ in {len(different)} weights, first {different[0]}")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            value = weights[name]
+            if value.numel() != parameter.numel():
+                raise CheckpointError(f"{checkpoint.name}: {name} has {value.numel()} numbers, the model {parameter.numel()}")
+            parameter.copy_(value.reshape(parameter.shape))
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far merged logits are from the adapted model's, on the run's probe."""
+
+    largest: float
+    """Largest absolute difference of a logit."""
+    share_same_token: float
+    """Share of positions whose most likely token is the same."""
+
+
+def merged_model(plan: Plan, adapted: nn.Module) -> nn.Module:
+    """The adapters folded into the base's weights.
+
+    A 4-bit base cannot hold them: it is dequantized to the training dtype first, and that very dequantized base is merged, not the
+    original weights, which the adapters never saw.
+    """
+    merge: Any = adapted
+    if not hasattr(merge, "merge_and_unload"):
+        raise ModelError("there are no adapters to merge", hint="leave out --merge")
+    if plan.trajectory.method.kind == "qlora":
+        merge.get_base_model().dequantize(dtype=DTYPES[plan.trajectory.dtype])
+        attach_dequantized(merge)
+    merged: nn.Module = merge.merge_and_unload()
+    return merged
+
+
+def attach_dequantized(adapted: nn.Module) -> None:
+    """Leave peft's adapter layers usable after their 4-bit base layer was replaced by a plain one."""
+    for module in adapted.modules():
+        base = getattr(module, "base_layer", None)
+        if isinstance(base, nn.Linear):
+            base.requires_grad_(False)
+
+
+def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """[T, V] fp32 logits of one document [T]."""
+    with torch.no_grad():
+        output: Any = model(input_ids=ids[None], use_cache=False)
+    logits: torch.Tensor = output.logits[0].float()
+    return logits
+
+
+def drift(adapted: torch.Tensor, merged: torch.Tensor) -> Drift:
+    """Compare two [T, V] logits."""
+    return Drift(
+        (adapted - merged).abs().max().item(), (adapted.argmax(-1) == merged.argmax(-1)).float().mean().item()
+    )

@@ -1,0 +1,97 @@
+"""Does an exported folder give the trained model's logits? Asked in a process of its own, of plain transformers and peft.
+
+`python -m launcher.export.verify FOLDER PROBE` prints the differences as JSON and imports nothing else of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TOLERANCE = {"fp32": 1e-4, "bf16": 4e-2}
+"""Largest difference of a logit, as a share of the largest logit: rounding of another attention kernel, and nothing more."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A folder's logits beside the trained model's."""
+
+    largest: float
+    """Largest absolute difference."""
+    scale: float
+    """Largest absolute logit of the trained model."""
+    same_token: float
+    """Share of positions with the same most likely token."""
+
+    def within(self, dtype: str) -> bool:
+        """Whether the folder is the trained model, up to rounding."""
+        return self.largest <= TOLERANCE[dtype] * self.scale
+
+
+def verify(folder: Path, probe: Path) -> Agreement:
+    """Load `folder` in a fresh process and compare it with the probe, a file of `train.probe`.
+
+    Raises:
+        RuntimeError: plain transformers cannot load the folder.
+    """
+    result = subprocess.run(
+        [sys.executable, "-m", "launcher.export.verify", str(folder), str(probe)], capture_output=True, text=True
+    )
+    if result.returncode != 0:
+        raise RuntimeError(result.stderr.strip().splitlines()[-1] if result.stderr.strip() else "no output")
+    return Agreement(**json.loads(result.stdout.splitlines()[-1]))
+
+
+def main(folder: str, probe: str) -> None:
+    """In the fresh process: load, compare, print."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    model: Any
+    if (Path(folder) / "adapter_config.json").exists():
+        from peft import AutoPeftModelForCausalLM
+
+        model = AutoPeftModelForCausalLM.from_pretrained(folder, **adapter_arguments(Path(folder)))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    tensors = load_file(probe)
+    with torch.no_grad():
+        logits = model.eval()(input_ids=tensors["input_ids"][None]).logits[0].float()
+    expected = tensors["logits"]
+    json.dump(
+        {
+            "largest": (logits - expected).abs().max().item(),
+            "scale": expected.abs().max().item(),
+            "same_token": (logits.argmax(-1) == expected.argmax(-1)).float().mean().item(),
+        },
+        sys.stdout,
+    )
+
+
+def adapter_arguments(folder: Path) -> dict[str, Any]:
+    """How the base under exported adapters was loaded: its dtype, and 4-bit for QLoRA. Kept in slipway.json beside them."""
+    import torch
+
+    settings = json.loads((folder / "slipway.json").read_text(encoding="utf-8"))
+    dtype = torch.bfloat16 if settings["dtype"] == "bf16" else torch.float32
+    arguments: dict[str, Any] = {"dtype": dtype}
+    if settings["method"] == "qlora":
+        from transformers import BitsAndBytesConfig
+
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype,
+        )
+    return arguments
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
