@@ -1,0 +1,200 @@
+"""Prepared data by index: which rows a step takes, and the flat micro batches they become.
+
+All rows of a micro batch are laid end to end in one flat row of T tokens, so there is no padding anywhere; documents
+are kept apart by their positions and by `cu_seqlens`, the offsets that variable-length attention kernels take.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from launcher.data.store import Documents, read_packs
+from launcher.plan.batch import BatchLayout
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward and backward of one rank: D documents, T tokens, S targets."""
+
+    input_ids: Tensor
+    """[1, T] int64."""
+    position_ids: Tensor
+    """[1, T] int64, from 0 in each document."""
+    cu_seqlens: Tensor
+    """[D + 1] int32: where each document begins, and T."""
+    max_seqlen: int
+    """Tokens of the longest document."""
+    supervised_index: Tensor
+    """[S] int64: positions in the flat row whose next token, of the same document, is a target."""
+    targets: Tensor
+    """[S] int64: those next tokens."""
+    where: tuple[str, ...]
+    """`file:line` of each document."""
+    num_tokens: int
+    """T, or 0 in an empty slot, whose document is there only so that the rank joins every collective."""
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """What one optimizer step learns from, whatever the ranks."""
+
+    rows: tuple[int, ...]
+    """Row indices in order."""
+    supervised_tokens: int
+    """Targets in all of them: the loss is their mean."""
+    tokens: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class TestRow:
+    """A question to be answered in words."""
+
+    __test__ = False  # pytest would collect it by its name
+
+    where: str
+    prompt_text: str
+    prompt_ids: list[int]
+    answer: str
+
+
+class TrainData:
+    """Training rows in an order that is a pure function of (data, seed, global batch size): see E3."""
+
+    def __init__(self, folder: Path | str, global_batch_size: int, seed: int) -> None:
+        self._documents = Documents(Path(folder) / "train.arrow")
+        self._packs = read_packs(Path(folder) / "packs.arrow")
+        self._global_batch_size = global_batch_size
+        self._seed = seed
+        self.num_rows = len(self._packs)
+        self.steps_per_epoch = -(-self.num_rows // global_batch_size)
+        self._order = lru_cache(maxsize=2)(self._draw_order)
+
+    def global_batch(self, step: int) -> GlobalBatch:
+        """The rows of optimizer step `step`, counted from 0 over all epochs. The last of an epoch may be short."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        start = within * self._global_batch_size
+        rows = self._order(epoch)[start : start + self._global_batch_size]
+        documents = np.concatenate([self._packs[row] for row in rows])
+        return GlobalBatch(
+            rows=tuple(rows.tolist()),
+            supervised_tokens=int(self._documents.num_targets[documents].sum()),
+            tokens=int(self._documents.lengths[documents].sum()),
+            epoch=epoch,
+        )
+
+    def micro_batches(self, step: int, layout: BatchLayout, rank: int) -> Iterator[MicroBatch]:
+        """The `layout.num_micro_steps` micro batches of `rank` in step `step`; an empty slot's has no targets."""
+        rows = self.global_batch(step).rows
+        for micro_step in range(layout.num_micro_steps):
+            slot = layout.slot(len(rows), micro_step, rank)
+            if slot:
+                documents = np.concatenate([self._packs[rows[position]] for position in slot])
+                yield _micro_batch(self._documents, documents)
+            else:
+                first = self._packs[rows[0]]
+                yield _empty(self._documents, first[np.argmin(self._documents.lengths[first])])
+
+    def _draw_order(self, epoch: int) -> NDArray[np.int64]:
+        # Sorting raw Philox numbers, since NumPy keeps those the same for ever but not what `permutation` makes of them.
+        draws = np.random.Philox(key=np.array([self._seed, epoch], dtype=np.uint64)).random_raw(self.num_rows)
+        return np.argsort(draws, kind="stable")
+
+
+class EvalData:
+    """Held-out documents, the first `max_rows` of them, in batches of similar length."""
+
+    def __init__(self, folder: Path | str, max_rows: int | None = None) -> None:
+        self._documents = Documents(Path(folder) / "eval.arrow")
+        self.num_documents = min(len(self._documents), max_rows or len(self._documents))
+        self.supervised_tokens = int(self._documents.num_targets[: self.num_documents].sum())
+
+    def micro_batches(self, token_budget: int, world_size: int, rank: int) -> Iterator[MicroBatch]:
+        """This rank's share of all documents, in batches of at most `token_budget` tokens or of one document.
+
+        As many on every rank; a rank that runs out gets batches without targets. Over all ranks every document comes once.
+        """
+        batches = self._batches(token_budget)
+        for start in range(0, len(batches), world_size):
+            if start + rank < len(batches):
+                yield _micro_batch(self._documents, batches[start + rank])
+            else:
+                yield _empty(self._documents, batches[0][0])
+
+    def _batches(self, token_budget: int) -> list[NDArray[np.int64]]:
+        lengths = self._documents.lengths[: self.num_documents]
+        batches: list[list[int]] = []
+        room = 0
+        for document in np.argsort(lengths, kind="stable"):
+            if not batches or lengths[document] > room:
+                batches.append([])
+                room = token_budget
+            batches[-1].append(int(document))
+            room -= lengths[document]
+        return [np.array(batch, dtype=np.int64) for batch in batches]
+
+
+class TestRows(Sequence[TestRow]):
+    """The first `limit` rows of test.jsonl."""
+
+    __test__ = False
+
+    def __init__(self, folder: Path | str, limit: int | None = None) -> None:
+        with (Path(folder) / "test.jsonl").open(encoding="utf-8") as lines:
+            self._rows = [TestRow(**json.loads(line)) for line in islice(lines, limit)]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> TestRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TestRow]: ...
+    def __getitem__(self, index: int | slice) -> TestRow | list[TestRow]:
+        return self._rows[index]
+
+
+def _micro_batch(documents: Documents, indices: NDArray[np.integer]) -> MicroBatch:
+    lengths = documents.lengths[indices]
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    input_ids = np.concatenate([documents.input_ids(int(index)) for index in indices]).astype(np.int64)
+    supervised = np.concatenate([documents.supervised(int(index)) for index in indices])
+    supervised[starts] = 0  # nothing of its own document comes before a document's first token
+    predicted = np.flatnonzero(supervised)
+    return MicroBatch(
+        input_ids=torch.from_numpy(input_ids)[None],
+        position_ids=torch.from_numpy(np.arange(len(input_ids)) - np.repeat(starts, lengths))[None],
+        cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
+        max_seqlen=int(lengths.max()),
+        supervised_index=torch.from_numpy(predicted - 1),
+        targets=torch.from_numpy(input_ids[predicted]),
+        where=tuple(documents.where(int(index)) for index in indices),
+        num_tokens=len(input_ids),
+    )
+
+
+def _empty(documents: Documents, index: int) -> MicroBatch:
+    batch = _micro_batch(documents, np.array([index]))
+    nothing = torch.empty(0, dtype=torch.int64)
+    return MicroBatch(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        cu_seqlens=batch.cu_seqlens,
+        max_seqlen=batch.max_seqlen,
+        supervised_index=nothing,
+        targets=nothing,
+        where=(),
+        num_tokens=0,
+    )
