@@ -107,7 +107,7 @@ class TrainData:
                 yield _empty(self._documents, first[np.argmin(self._documents.lengths[first])])
 
     def _draw_order(self, epoch: int) -> NDArray[np.int64]:
-        # Sorting raw Philox numbers, since NumPy keeps those the same for ever but not what `permutation` makes of them.
+        # NumPy promises that Philox's raw numbers never change, but not what `permutation` makes of them: sort those.
         draws = np.random.Philox(key=np.array([self._seed, epoch], dtype=np.uint64)).random_raw(self.num_rows)
         return np.argsort(draws, kind="stable")
 
@@ -123,7 +123,7 @@ class EvalData:
     def micro_batches(self, token_budget: int, world_size: int, rank: int) -> Iterator[MicroBatch]:
         """This rank's share of all documents, in batches of at most `token_budget` tokens or of one document.
 
-        As many on every rank; a rank that runs out gets batches without targets. Over all ranks every document comes once.
+        As many on every rank: one that runs out gets batches without targets. Over all ranks each document comes once.
         """
         batches = self._batches(token_budget)
         for start in range(0, len(batches), world_size):

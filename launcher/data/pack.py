@@ -13,8 +13,8 @@ def best_fit(lengths: NDArray[np.integer], capacity: int) -> list[NDArray[np.int
     rows are ordered by their first document. Every document is in exactly one row, whole. Deterministic: equal lengths
     go by index, equal rows by the latest used. At most 11/9 of the fewest rows possible, plus one (Johnson, 1974).
 
-    The rows with room r are a stack, and the set of such r one integer's bits: the fullest row that still has room for n
-    tokens is its lowest set bit from n up, a few machine words away. D documents cost O(D log D + D * capacity / 64).
+    The rows with room r are a stack, and the set of such r is the bits of one integer: the fullest row with room for n
+    tokens is its lowest set bit from n up. D documents cost O(D log D + D * capacity / 64).
     """
     if len(lengths) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= capacity:
         raise ValueError(f"lengths must be 1 to {capacity}, got {int(lengths.min())} to {int(lengths.max())}")

@@ -74,9 +74,7 @@ def _require(path: Path) -> None:
         near = _nearest(path)
         raise DataError(
             f"{path}: no such file",
-            hint=f"did you mean {near}?"
-            if near
-            else "paths are looked up beside the recipe, then in the current directory",
+            hint=f"did you mean {near}?" if near else "a path is looked up beside the recipe, then in this directory",
         )
     try:
         if path.is_file():
@@ -178,8 +176,8 @@ def _read_dataset(path: Path, split: str | None) -> Iterator[Row]:
         ) from error
     if isinstance(loaded, datasets.DatasetDict):
         splits = list(loaded)
-        chosen = split if split is not None or len(splits) != 1 else splits[0]
-        if chosen not in splits:
+        chosen = split if split is not None or len(splits) != 1 else str(splits[0])
+        if chosen is None or chosen not in splits:
             asked = f"no split {chosen!r}" if chosen else "several splits and none asked for"
             raise DataError(f"{path}: {asked}", hint=f"give split: one of {', '.join(splits)}")
         loaded, path = loaded[chosen], path / chosen

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -105,11 +106,12 @@ class Lists:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> NDArray[np.generic]:
+    def __getitem__(self, index: int) -> NDArray[Any]:
         chunk = int(np.searchsorted(self._starts, index, side="right")) - 1
         row = index - self._starts[chunk]
         start, end = self._offsets[chunk][row : row + 2]
-        return self._values[chunk][start:end]
+        values: NDArray[Any] = self._values[chunk][start:end]
+        return values
 
 
 def write_packs(path: Path, packs: Sequence[NDArray[np.int32]]) -> None:
@@ -126,7 +128,7 @@ def read_packs(path: Path) -> Lists:
         return Lists(pa.ipc.open_file(source).read_all()["documents"])
 
 
-def _lists(rows: Iterable[NDArray[np.generic]]) -> pa.ListArray:
+def _lists(rows: Iterable[NDArray[Any]]) -> pa.ListArray:
     rows = list(rows)
     offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(rows)))

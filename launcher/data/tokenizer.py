@@ -129,7 +129,7 @@ def with_template(tokenizer: PreTrainedTokenizerFast, chat_template: str | None)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     elif tokenizer.chat_template is None:
-        # A base model that was pretrained with a first token (Llama, Gemma) needs it in every document; others have none.
+        # A base model that was pretrained with a first token (Llama, Gemma) needs it in every document.
         first = tokenizer("a")["input_ids"][0]
         starts = tokenizer.bos_token_id is not None and first == tokenizer.bos_token_id
         tokenizer.chat_template = "{{ bos_token }}" * starts + DEFAULT_CHAT_TEMPLATE
@@ -148,7 +148,7 @@ def _hint(name: str) -> str:
         return "the folder needs tokenizer.json and tokenizer_config.json"
     if name.startswith(("/", ".")):
         return "there is no such folder"
-    return "check the id and the network; a gated model needs HF_TOKEN; with HF_HUB_OFFLINE=1 it must be in the cache already"
+    return "check the id and the network; a gated model needs HF_TOKEN; with HF_HUB_OFFLINE=1 it must be cached already"
 
 
 def _first_line(error: Exception) -> str:
