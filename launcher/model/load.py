@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from launcher.errors import ModelError
 from launcher.model import attention
+from launcher.model.nf4 import train_through_zero
 from launcher.plan.plan import ModelPlan, Plan
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,9 @@ def load_model(plan: Plan, deepspeed_config: dict[str, Any], device: torch.devic
     partition = plan.layout.zero == 3 and trajectory.method.kind != "qlora"
     with readable_errors(model_plan), _downloaded_once(model_plan), _partitioned(partition, deepspeed_config):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_plan.path, **arguments)
-    if trajectory.method.kind != "qlora" and not partition:
+    if trajectory.method.kind == "qlora":
+        log.info("%d linear layers in 4 bits", train_through_zero(model))
+    elif not partition:
         model.to(device)
     model.config.use_cache = False
     return model

@@ -14,6 +14,8 @@ def deepspeed_config(layout: LayoutPlan, batch: BatchLayout, dtype: Dtype, max_g
     The optimizer and the learning rate are ours and not named here: the optimizer is handed over as an object, the rate is
     written into its groups before each step.
     """
+    # At stage 0 in fp32 the engine clips without telling the norm: `train.engine.clip` does it there.
+    clipping = 0.0 if layout.zero == 0 and dtype == "fp32" else max_grad_norm
     zero: dict[str, Any] = {
         "stage": layout.zero,
         # The overlapping reducer runs on side streams, which only CUDA has.
@@ -28,7 +30,7 @@ def deepspeed_config(layout: LayoutPlan, batch: BatchLayout, dtype: Dtype, max_g
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
         "gradient_accumulation_steps": batch.num_micro_steps,
         "train_batch_size": batch.world_size * batch.num_micro_steps * batch.micro_batch_size,
-        "gradient_clipping": max_grad_norm,
+        "gradient_clipping": clipping,
         "zero_optimization": zero,
         # torch's AdamW is good enough where DeepSpeedCPUAdam cannot be compiled (no C++ compiler on the machine).
         "zero_allow_untested_optimizer": True,

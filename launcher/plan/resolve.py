@@ -151,8 +151,8 @@ def _folder_or_hub(loaded: LoadedRecipe, key: str, value: str) -> str:
     found = resolve_path(value, loaded.origins[key])
     if found is not None:
         return str(found.resolve())
-    looks_local = value.startswith((".", "/", "~")) or value.count("/") != 1 and "/" in value or value.endswith("/")
-    if looks_local:
+    hub_id = value.count("/") <= 1 and not value.startswith((".", "/", "~")) and not value.endswith("/")
+    if not hub_id:
         raise ModelError(
             f"{loaded.origins[key]}: {key}: model folder {value} does not exist",
             hint="give a folder that save_pretrained wrote, or a hub id such as openai-community/gpt2",

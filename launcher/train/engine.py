@@ -84,3 +84,18 @@ def build_engine(model: torch.nn.Module, plan: Plan, batch: BatchLayout) -> Any:
     for state in optimizer.state.values():
         state["step"].zero_()
     return engine
+
+
+def optimizer_step(engine: Any, plan: Plan) -> float | None:
+    """One `engine.step()`; at the end of an accumulation the global gradient norm before clipping, otherwise None."""
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return None
+    norm: Any = None
+    if plan.layout.zero == 0 and plan.trajectory.dtype == "fp32":
+        # Every rank holds all averaged gradients; without a bound the norm is still worth knowing.
+        parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, plan.trajectory.optimizer.max_grad_norm or float("inf"))
+    engine.step()
+    norm = engine.get_global_grad_norm() if norm is None else norm
+    return float(norm) if norm is not None else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from launcher.checkpoint.save import save
 from launcher.data.loader import EvalData, MicroBatch, TestRows, TrainData
 from launcher.plan.batch import BatchLayout
 from launcher.plan.plan import Plan
+from launcher.train.engine import optimizer_step as step_engine
 from launcher.train.evaluate import evaluate_loss, exact_match
 from launcher.train.loss import SupervisedLoss
 from launcher.train.metrics import MetricsLog
+from launcher.train.probe import write_probe
 from launcher.train.schedule import lr_factor
 from launcher.train.throughput import Stopwatch, memory_bytes
 from launcher.train.verdict import Verdict, stop_requested
@@ -75,7 +77,9 @@ class StepResult:
     accuracy: float
     stop: bool
     not_finite: str | None
-    """What was not finite and in which rows; the optimizer has not stepped then."""
+    """What was not finite and in which rows; nothing is saved after it."""
+    grad_norm: float | None = None
+    """Global, before clipping."""
 
 
 def train(parts: Parts, progress: Progress) -> Verdict:
@@ -134,6 +138,7 @@ def optimizer_step(parts: Parts, step: int, supervised_tokens: int, learning_rat
     correct = torch.zeros((), device=parts.device)
     seen: list[MicroBatch] = []
     result: StepResult | None = None
+    grad_norm: float | None = None
     for micro_step in range(batch.num_micro_steps):
         with parts.watch.part("data"):
             micro_batch = next(micro_batches)
@@ -150,9 +155,11 @@ def optimizer_step(parts: Parts, step: int, supervised_tokens: int, learning_rat
         with parts.watch.part("backward"):
             engine.backward(loss_sum * scale)
         with parts.watch.part("step"):
-            engine.step()
+            grad_norm = step_engine(engine, parts.plan)
     assert result is not None
-    return result
+    if grad_norm is not None and not math.isfinite(grad_norm):
+        return replace(result, not_finite=f"the gradient norm of step {step + 1} is {grad_norm}, its loss {result.loss:.4f}")
+    return replace(result, grad_norm=grad_norm)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -194,8 +201,6 @@ def agreed_out_of_time(parts: Parts, elapsed_s: float) -> bool:
 
 def log_step(parts: Parts, progress: Progress, global_batch: Any, result: StepResult, learning_rate: float) -> None:
     """A line of metrics.jsonl."""
-    norm = parts.engine.get_global_grad_norm()
-    norm = float(norm) if norm is not None else None
     seconds = parts.watch.lap()
     parts.log.write(
         "step",
@@ -204,7 +209,7 @@ def log_step(parts: Parts, progress: Progress, global_batch: Any, result: StepRe
         loss=result.loss,
         accuracy=result.accuracy,
         lr=learning_rate,
-        grad_norm=norm if norm is not None and math.isfinite(norm) else None,
+        grad_norm=result.grad_norm,
         rows=list(global_batch.rows)[:4],
         tokens=global_batch.tokens,
         supervised_tokens=global_batch.supervised_tokens,
@@ -257,3 +262,5 @@ def finish(parts: Parts, progress: Progress) -> None:
     """What a run that reached its end still measures."""
     if parts.test_rows is not None:
         answer_test_rows(parts, progress.step)
+    first = next(parts.train_data.micro_batches(0, BatchLayout(1, 1, parts.plan.trajectory.global_batch_size), 0))
+    write_probe(parts.loss, first, parts.run_dir, progress.step, dist.get_rank())

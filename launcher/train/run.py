@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.checkpoint.load import load, newest_sound
+from launcher.errors import ModelError
 from launcher.data.loader import EvalData, TestRows, TrainData
 from launcher.model import attention
 from launcher.model.adapters import apply_method, enable_gradient_checkpointing
@@ -56,6 +57,11 @@ def use_device(plan: Plan) -> torch.device:
     if plan.layout.device == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+        if plan.trajectory.dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ModelError(
+                f"{torch.cuda.get_device_name(device)} has no bf16, and fp16 would need loss scaling, which is not offered",
+                hint="set train.dtype to fp32, or use a GPU of the Ampere generation or later",
+            )
         return device
     torch.set_num_threads(plan.layout.cpus_per_worker)
     return torch.device("cpu")
