@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 from launcher.checkpoint.durable import sync_folder
 from launcher.checkpoint.layout import committed, removed_dir, rubbish, staging
 from launcher.checkpoint.lease import current_attempt
-from launcher.checkpoint.manifest import read, verify
-from launcher.errors import CheckpointError, RunFolderError
+from launcher.checkpoint.manifest import newest_sound, read
+from launcher.errors import CheckpointError, SlipwayError
+
+log = logging.getLogger(__name__)
 
 
 def retain(run_dir: Path, keep_last: int, keep_best: int) -> list[Path]:
@@ -20,24 +23,22 @@ def retain(run_dir: Path, keep_last: int, keep_best: int) -> list[Path]:
     the newest that is sound, which is looked for (every byte read) only where something is to be deleted. What crashes
     left goes too: half-deleted and never committed checkpoints, and staging folders of attempts before the current one.
 
-    Call it where no save is under way. Raises RunFolderError where the folder cannot be changed.
+    Call it on one rank, where no save is under way. What cannot be deleted is logged and stays; no run ends for that.
     """
     there = committed(run_dir)
     kept = set(there[-max(keep_last, 1) :]) | set(_best(there, keep_best))
     superseded = [checkpoint for checkpoint in there if checkpoint not in kept]
-    if superseded and not any(_is_sound(checkpoint) for checkpoint in sorted(kept, reverse=True)):
-        newest_sound = next((checkpoint for checkpoint in reversed(superseded) if _is_sound(checkpoint)), None)
-        superseded = [checkpoint for checkpoint in superseded if checkpoint != newest_sound]
+    if superseded:
+        sound, _ = newest_sound(run_dir)
+        superseded = [checkpoint for checkpoint in superseded if checkpoint != sound]
     try:
         for checkpoint in superseded:
             remove(checkpoint)
         for folder in rubbish(run_dir):
             shutil.rmtree(folder)
         sweep_staging(run_dir, before=current_attempt(run_dir) or 0)
-    except OSError as error:
-        raise RunFolderError(
-            f"cannot delete old checkpoints: {error}", hint="check the run folder's permissions"
-        ) from error
+    except (OSError, SlipwayError) as error:
+        log.warning("old checkpoints stay: %s", error)
     return superseded
 
 
@@ -70,11 +71,3 @@ def _eval_loss(checkpoint: Path) -> float | None:
     except CheckpointError:
         return None
     return loss if isinstance(loss, int | float) and math.isfinite(loss) else None
-
-
-def _is_sound(checkpoint: Path) -> bool:
-    try:
-        verify(checkpoint)
-    except CheckpointError:
-        return False
-    return True

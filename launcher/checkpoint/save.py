@@ -34,8 +34,8 @@ from launcher.plan.plan import Plan
 def save(run_dir: Path, step: int, attempt: int, engine: Any, progress: dict[str, object], plan: Plan) -> Path:
     """Save the training state after `step` optimizer steps; the committed checkpoint's folder. Collective.
 
-    `attempt` is the lease's. `progress` is JSON and comes back from `load` as it is; rank 0's is stored. A step that is
-    committed already is not written again, unless it turns out to be damaged.
+    `attempt` is the lease's, 0 where nobody holds one (plain torchrun). `progress` is JSON and comes back from `load`
+    as it is; rank 0's is stored. A step that is committed already is not written again, unless it is damaged.
 
     Raises the same CheckpointError or RunFolderError on all ranks where any rank fails; what was committed before
     stays.
@@ -130,9 +130,9 @@ def _commit(run_dir: Path, staging: Path, final: Path, manifest: Manifest) -> No
 
 
 def _fence(run_dir: Path, attempt: int) -> None:
-    """An orphan of an earlier attempt must not commit over its successor's work."""
+    """An orphan of an earlier attempt must not commit over its successor's work. Attempt 0 runs without a lease."""
     current = current_attempt(run_dir)
-    if current is not None and current > attempt:
+    if attempt and current is not None and current > attempt:
         raise CheckpointError(
             f"attempt {attempt} may no longer save: attempt {current} has taken {run_dir} over",
             hint="stop this launcher, the other one goes on",

@@ -13,7 +13,8 @@ from launcher.errors import CheckpointError, RunFolderError, SlipwayError
 
 Result = TypeVar("Result")
 
-_FOLDER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_UNUSABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
 
 
 def together(doing: str, action: Callable[[], Result], group: dist.ProcessGroup | None = None) -> list[Result]:
@@ -43,9 +44,8 @@ def explained(doing: str, error: BaseException) -> SlipwayError:
         doing, error = f"{doing} (rank {rank})", error.failures[rank][0]
     if isinstance(error, SlipwayError):
         return error
-    if isinstance(error, OSError) and error.errno in _FOLDER_ERRNOS:
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError) and error.errno in _FULL | _UNUSABLE:
         where = f": {error.filename}" if error.filename else ""
-        hint = "free some space there" if is_full else "check that the run's folder is there and writable"
+        hint = "free some space there" if error.errno in _FULL else "check that the run's folder is there and writable"
         return RunFolderError(f"{doing}: {error.strerror}{where}", hint=hint)
     return CheckpointError(f"{doing}: {type(error).__name__}: {error}")

@@ -1,0 +1,178 @@
+"""A Plan and an engine small enough to build a dozen of in one process, and steps on made-up data."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from launcher.plan.batch import batch_layout
+from launcher.plan.plan import (
+    DataFacts,
+    DataPlan,
+    LayoutPlan,
+    Lifecycle,
+    MethodPlan,
+    ModelPlan,
+    OptimizerPlan,
+    Plan,
+    SchedulePlan,
+    SourcePlan,
+    Trajectory,
+)
+from launcher.train import engine as engines
+
+GLOBAL_BATCH, TOKENS, VOCABULARY = 6, 12, 127  # six rows for 1, 2 or 3 ranks; odd sizes, so that partitions cut rows
+
+
+def tiny_plan(run_dir: Path, zero: int, dtype: str = "fp32", offload: bool = False, seed: int = 0) -> Plan:
+    """A whole Plan; only what the engine and the checkpoint look at means anything."""
+    source = SourcePlan(path=str(run_dir / "rows.jsonl"), format="auto", split=None, limit=None)
+    return Plan(
+        name="tiny",
+        run_dir=str(run_dir),
+        version="0",
+        recipe_hash="",
+        trajectory=Trajectory(
+            model=ModelPlan(
+                source="scratch",
+                path=str(run_dir / "base"),
+                revision=None,
+                scratch={},
+                tokenizer=None,
+                chat_template=None,
+                attention="sdpa",
+                trust_remote_code=False,
+            ),
+            method=MethodPlan(kind="full", rank=None, alpha=None, dropout=None, targets=None, train_last_layers=None),
+            data=DataPlan(
+                train=(source,),
+                eval_split=None,
+                eval=(),
+                test=(),
+                max_length=TOKENS,
+                packing=False,
+                too_long="drop",
+                on_bad_row="stop",
+                supervise="all",
+            ),
+            data_content_hash="",
+            seed=seed,
+            dtype=dtype,  # type: ignore[arg-type]
+            global_batch_size=GLOBAL_BATCH,
+            optimizer=OptimizerPlan(
+                name="adamw", lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0
+            ),
+            schedule=SchedulePlan(kind="constant", warmup=0.0, min_lr_ratio=1.0),
+        ),
+        layout=LayoutPlan(
+            workers=2,
+            device="cpu",
+            cpus_per_worker=1,
+            zero=zero,
+            offload=offload,
+            micro_batch_size=GLOBAL_BATCH,
+            gradient_checkpointing=False,
+        ),
+        lifecycle=Lifecycle(
+            epochs=None,
+            max_steps=8,
+            total_steps=8,
+            max_time_s=None,
+            eval_every_steps=100,
+            eval_max_rows=None,
+            generate=None,
+            checkpoint_every_steps=4,
+            keep_last=2,
+            keep_best=0,
+            log_every_steps=1,
+            max_failures=0,
+            export=False,
+            merge=False,
+            max_shard_size="5GB",
+        ),
+        data=DataFacts(
+            folder=str(run_dir / "data"),
+            content_hash="",
+            train_rows=0,
+            train_documents=0,
+            train_tokens=0,
+            train_supervised_tokens=0,
+            eval_documents=0,
+            eval_supervised_tokens=0,
+            test_documents=0,
+            dropped={},
+            vocab_size=VOCABULARY,
+            formats={},
+        ),
+        origins={},
+    )
+
+
+@contextlib.contextmanager
+def tiny_engine(plan: Plan, freeze_first: bool = False) -> Iterator[Any]:
+    """A DeepSpeed engine over a two-layer Llama of one seed; every rank of the open group calls it.
+
+    Under ZeRO-3 norms and the small projections stay gathered between steps and the larger matrices do not, as in a
+    model of real size.
+    """
+    torch.manual_seed(plan.trajectory.seed)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=67,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=TOKENS,
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16 if plan.trajectory.dtype == "bf16" else torch.float32)
+    if freeze_first:
+        model.model.embed_tokens.requires_grad_(False)
+        model.model.layers[0].requires_grad_(False)
+    written = engines.deepspeed_config
+
+    def with_low_threshold(*args: Any) -> dict[str, Any]:
+        config = written(*args)
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 1000
+        return config
+
+    engines.deepspeed_config = with_low_threshold
+    try:
+        engine = engines.build_engine(model, plan, batch_layout(GLOBAL_BATCH, GLOBAL_BATCH, dist.get_world_size()))
+    finally:
+        engines.deepspeed_config = written
+    try:
+        yield engine
+    finally:
+        engine.destroy()
+
+
+def train(engine: Any, first: int, count: int) -> list[float]:
+    """Losses of the optimizer steps first .. first + count - 1, each over the same global batch for any world size."""
+    losses = []
+    for step in range(first, first + count):
+        rows = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, TOKENS), generator=torch.Generator().manual_seed(step))
+        mine = rows.chunk(dist.get_world_size())[dist.get_rank()]
+        loss = engine(input_ids=mine, labels=mine).loss
+        engine.backward(loss)
+        engine.step()
+        total = loss.detach().double()
+        dist.all_reduce(total)
+        losses.append(total.item() / dist.get_world_size())
+    return losses
+
+
+def quiet() -> None:
+    """DeepSpeed's start-up messages are no part of a test's output."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import logging
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
