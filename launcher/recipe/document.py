@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from launcher.errors import Problem, UserError
-from launcher.recipe.origin import COMMAND_LINE, Origin, shown
+from launcher.recipe.origin import Origin, shown
 
 Key = tuple[str | int, ...]
 """Steps from the top of a recipe to a value: names of keys and positions in lists."""
@@ -179,4 +179,4 @@ class _Walk:
         self.document.findings.append(Finding(self.origin(node), key, message, hint))
 
     def origin(self, node: yaml.Node) -> Origin:
-        return Origin("file", self.path, node.start_mark.line + 1) if self.path else COMMAND_LINE
+        return Origin("file", self.path, node.start_mark.line + 1) if self.path else Origin("command line")

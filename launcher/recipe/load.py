@@ -22,7 +22,7 @@ from launcher.recipe.check import check
 from launcher.recipe.document import Document, Finding, Key, Reader, dotted, read
 from launcher.recipe.explain import describe, explain
 from launcher.recipe.layers import overlay, override
-from launcher.recipe.origin import COMMAND_LINE, DEFAULT, Origin, candidates, resolve_path, shown
+from launcher.recipe.origin import DEFAULT, Origin, candidates, resolve_path, shown
 from launcher.recipe.schema import Recipe
 
 __all__ = ["LoadedRecipe", "Origin", "candidates", "load", "resolve_path"]
@@ -66,11 +66,12 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
             merged.origins.pop((key,), None)
         overlay(merged, document)
     merged.findings.extend(chain.findings)
-    for text in overrides:
-        override(merged, text)
+    for position, text in enumerate(overrides, start=1):
+        override(merged, text, position)
     if merged.values.pop("extends", None) is not None:
+        origin = merged.origins.pop(("extends",))
         hint = "write a recipe file that extends it"
-        merged.findings.append(Finding(COMMAND_LINE, ("extends",), "cannot be given on the command line", hint))
+        merged.findings.append(Finding(origin, ("extends",), "cannot be given on the command line", hint))
 
     recipe = _validate(merged, files[0])
     if merged.findings or recipe is None:

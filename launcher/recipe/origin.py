@@ -16,7 +16,7 @@ class Origin:
     file: Path | None = None
     """Absolute; with kind `file` only."""
     line: int | None = None
-    """Counted from 1; None where the file as a whole is meant."""
+    """Counted from 1, None where the file as a whole is meant. Of the command line: which override."""
 
     def __str__(self) -> str:
         if self.file is None:
@@ -24,7 +24,6 @@ class Origin:
         return shown(self.file) if self.line is None else f"{shown(self.file)}:{self.line}"
 
 
-COMMAND_LINE = Origin("command line")
 DEFAULT = Origin("default")
 
 
