@@ -21,7 +21,16 @@ import launcher
 from launcher.errors import SlipwayError, UserError
 
 VERBS = {
+    "run": "Fine-tune as a recipe says and export the model",
+    "resume": "Go on with a run from its newest checkpoint",
     "check": "Read a recipe and show what it sets, or its mistakes",
+    "plan": "Show what would run: every value decided, and why",
+    "data": "Show rows as the model will see them, supervised tokens marked",
+    "chat": "Talk to a finished run or a model folder",
+    "export": "Write a run's model folder again, merged or with adapters alone",
+    "verify": "Check every checkpoint of a run against its hashes",
+    "runs": "List runs and where they are",
+    "bench": "Measure tokens per second of a recipe, and where the time goes",
     "recipes": "List and show the packaged recipes and every key",
 }
 """Every verb with its line in `slipway --help`, in that order. The module of the same name has the rest."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,3 +15,10 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Recipe keys to set, such as optimizer.lr=1e-4", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON")]
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Folder of a run, as `slipway run` printed it", show_default=False)
+]
+Address = Annotated[
+    str | None,
+    typer.Option("--address", help="Ray cluster to join; RAY_ADDRESS otherwise, or Ray on this machine"),
+]

@@ -133,7 +133,7 @@ class Encoder:
             raise DataError(f"{conversation.where}: {error.message}", error.hint) from error
 
     def _end_of_turn(self, text: str, start: int, words: str, where: str) -> tuple[int, int]:
-        """Where the control token begins and ends in `text` that ends `words`, an answer whose turn begins at `start`."""
+        """Where in `text` the control token begins and ends that ends the answer `words`, begun at `start`."""
         words = words.strip()
         if not words:
             raise DataError(f"{where}: the assistant says nothing", hint="leave the row out")
@@ -209,3 +209,9 @@ def _document(
         supervised[start : start + learned] = 1
         start += len(ids)
     return Document(input_ids, supervised, num_markers)
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The token that ends an assistant's turn in the tokenizer's chat template: where generation has to stop."""
+    document = encode(Conversation((("user", "Hello"), ("assistant", "Hi")), "the chat template"), tokenizer, "last")
+    return int(document.input_ids[np.flatnonzero(document.supervised)[-1]])

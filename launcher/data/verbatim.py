@@ -51,7 +51,7 @@ class Verbatim:
         self._adds_space = joined != apart[0] + apart[1]
 
     def hide(self, content: str) -> str:
-        """A message with placeholders for the control tokens spelled out in it. Raises DataError where it has its own."""
+        """A message with placeholders for the control tokens spelled out in it. Raises DataError if it has its own."""
         if _OPEN in content:
             raise DataError(
                 "U+FDD0, which is no character, stands in a message",

@@ -43,24 +43,45 @@ class Decided:
     parameters: int
 
 
-def decide(loaded: LoadedRecipe, device: str, run_dir: Path | None, cache: Path | None, report: Reporter | None) -> Decided:
-    """Look the model up, prepare the data, and name the run's folder without making it.
+def run_name(loaded: LoadedRecipe) -> str:
+    """The recipe's `name`, or its file's."""
+    return loaded.recipe.name or loaded.file.stem
+
+
+def new_run_folder(loaded: LoadedRecipe, asked_for: Path | None) -> Path:
+    """Absolute folder of a run that does not exist yet: as asked for, or a new one in `runs`.
+
+    Raises:
+        RunFolderError: there is a run in it.
+    """
+    folder = asked_for or Path(loaded.recipe.runs) / f"{run_name(loaded)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = folder.expanduser().resolve()
+    if (folder / "plan.json").exists():
+        raise RunFolderError(
+            f"{folder} already holds a run", hint=f"go on with it: slipway resume {folder}; or choose another --run-dir"
+        )
+    return folder
+
+
+def decide(loaded: LoadedRecipe, run_dir: Path, report: Reporter | None) -> Decided:
+    """Look the model up and prepare the data, in `.prepared` beside the run's folder, which is not made yet.
 
     Raises:
         UserError: a model, file or row that cannot be used.
     """
     from launcher.data.prepare import prepare
 
-    name = loaded.recipe.name or loaded.file.stem
-    folder = run_dir or Path(loaded.recipe.runs) / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = folder.expanduser().resolve()
-    model = pinned(resolve_model(loaded, folder, device))
-    config = model_settings(model)
-    data = resolve_data(loaded)
+    model = pinned(resolve_model(loaded, run_dir))
+    settings = model_settings(model)
     facts = prepare(
-        model, data, seed=loaded.recipe.train.seed, cache_dir=cache or folder.parent / ".prepared", progress=report
+        model,
+        resolve_data(loaded),
+        seed=loaded.recipe.train.seed,
+        cache_dir=run_dir.parent / ".prepared",
+        progress=report,
     )
-    return Decided(loaded, name, folder, model, facts, parameter_count(config | {"vocab_size": config.get("vocab_size", facts.vocab_size)}))
+    parameters = parameter_count({"vocab_size": facts.vocab_size} | settings)
+    return Decided(loaded, run_name(loaded), run_dir, model, facts, parameters)
 
 
 def planned(decided: Decided, cluster: ClusterFacts) -> Plan:
@@ -131,14 +152,10 @@ def create_run_folder(plan: Plan, loaded: LoadedRecipe) -> None:
     """Make the run's folder with recipe.yaml, plan.json and environment.json, and a scratch model's `base/`.
 
     Raises:
-        RunFolderError: it holds another run already, cannot be written, or its disk is full.
+        RunFolderError: it cannot be written, or its disk is full.
         ModelError: the scratch configuration is wrong.
     """
     run_dir = Path(plan.run_dir)
-    if (run_dir / "plan.json").exists():
-        raise RunFolderError(
-            f"{run_dir} already holds a run", hint=f"go on with it: slipway resume {run_dir}; or choose another --run-dir"
-        )
     with writable(run_dir):
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(run_dir).free

@@ -85,7 +85,7 @@ def load_model(plan: Plan, deepspeed_config: dict[str, Any], device: torch.devic
         "dtype": dtype,
     }
     if attention.supports_packing(model_class(config), config):
-        arguments["attn_implementation"] = attention.NAMES[model_plan.attention]
+        arguments["attn_implementation"] = attention.NAMES[plan.layout.attention]
     if trajectory.method.kind == "qlora":
         arguments["quantization_config"] = nf4(dtype)
         arguments["device_map"] = {"": device}

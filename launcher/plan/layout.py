@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from typing import Literal
+
 from launcher.errors import ClusterError
 from launcher.plan.facts import ClusterFacts
 from launcher.plan.plan import Dtype, LayoutPlan
@@ -58,7 +61,21 @@ def resolve_layout(
         offload=recipe.parallel.offload == "cpu",
         micro_batch_size=micro,
         gradient_checkpointing=checkpointing,
+        attention=_attention(recipe, device, dtype, reasons),
     )
+
+
+def _attention(recipe: Recipe, device: str, dtype: Dtype, reasons: dict[str, str]) -> Literal["sdpa", "varlen", "flash"]:
+    if recipe.model.attention != "auto":
+        return recipe.model.attention
+    if device == "cpu" or dtype == "fp32":
+        reasons["model.attention"] = "torch's SDPA document by document: the variable-length kernels are for bf16 on GPUs"
+        return "sdpa"
+    if importlib.util.find_spec("flash_attn") is not None:
+        reasons["model.attention"] = "flash-attn is installed"
+        return "flash"
+    reasons["model.attention"] = "torch's own variable-length kernel; flash-attn is not installed"
+    return "varlen"
 
 
 def _workers(recipe: Recipe, cluster: ClusterFacts, device: str, reasons: dict[str, str]) -> int:

@@ -45,7 +45,6 @@ class ModelPlan(Part):
     """Absolute folder or hub id of the tokenizer; None: the model's own, or trained on the data for a scratch model."""
     chat_template: str | None
     """The Jinja text that replaces the tokenizer's own."""
-    attention: Literal["sdpa", "varlen", "flash"]
     trust_remote_code: bool
 
 
@@ -152,6 +151,8 @@ class LayoutPlan(Part):
     offload: bool
     micro_batch_size: int
     gradient_checkpointing: bool
+    attention: Literal["sdpa", "varlen", "flash"]
+    """Which kernel attends packed documents."""
 
 
 class GeneratePlan(Part):

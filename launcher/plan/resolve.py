@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from collections.abc import Mapping
@@ -54,8 +53,6 @@ def resolve(
     dtype, reason = choose_dtype(recipe, choose_device(cluster))
     if reason:
         reasons["train.dtype"] = reason
-    if recipe.model.attention == "auto":
-        reasons["model.attention"] = "the fastest installed that keeps documents apart"
     trajectory = Trajectory(
         model=model,
         method=resolve_method(recipe),
@@ -106,18 +103,13 @@ def _schema_keys() -> list[tuple[str, str]]:
     ]
 
 
-def resolve_model(loaded: LoadedRecipe, run_dir: Path, device: str) -> ModelPlan:
+def resolve_model(loaded: LoadedRecipe, run_dir: Path) -> ModelPlan:
     """The model with absolute paths; a hub id keeps the revision that the recipe names.
 
     Raises:
         ModelError: a folder or file that is not there.
     """
     section = loaded.recipe.model
-    attention: Literal["sdpa", "varlen", "flash"]
-    if section.attention == "auto":
-        attention = _fastest_attention(loaded.recipe, device)
-    else:
-        attention = section.attention
     source, path = _model_path(loaded, run_dir)
     return ModelPlan(
         source=source,
@@ -126,16 +118,8 @@ def resolve_model(loaded: LoadedRecipe, run_dir: Path, device: str) -> ModelPlan
         scratch=section.scratch,
         tokenizer=_folder_or_hub(loaded, "model.tokenizer", section.tokenizer) if section.tokenizer else None,
         chat_template=_template(loaded),
-        attention=attention,
         trust_remote_code=section.trust_remote_code,
     )
-
-
-def _fastest_attention(recipe: Recipe, device: str) -> Literal["sdpa", "varlen", "flash"]:
-    """flash-attn where it is installed, else torch's varlen kernel; SDPA document by document on CPU and in fp32."""
-    if device != "cuda" or recipe.train.dtype == "fp32":
-        return "sdpa"
-    return "flash" if importlib.util.find_spec("flash_attn") is not None else "varlen"
 
 
 def _model_path(loaded: LoadedRecipe, run_dir: Path) -> tuple[Literal["hub", "folder", "scratch"], str]:

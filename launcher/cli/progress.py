@@ -1,0 +1,114 @@
+"""What a running fine-tune looks like: a bar in a terminal, a line now and then without one. All of it on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from launcher.plan.plan import Plan
+from launcher.units import format_bytes
+
+LINE_EVERY_S = 10.0
+"""Without a terminal: seconds between two lines about steps."""
+
+
+class RunDisplay:
+    """Listens to a run's metrics and shows them."""
+
+    def __init__(self, plan: Plan, console: Console) -> None:
+        self.plan, self.console = plan, console
+        self.losses: dict[str, float] = {}
+        self.last_line = 0.0
+        self.starts = 0
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("starting", total=plan.lifecycle.total_steps, figures="")
+
+    def __enter__(self) -> RunDisplay:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        """Show one line of metrics.jsonl; kinds that say nothing to a person are passed over."""
+        show = getattr(self, f"_on_{record['kind']}", None)
+        if show is not None:
+            show(record)
+
+    def say(self, text: str) -> None:
+        """A line that stays, above the bar."""
+        self.console.print(text, highlight=False)
+
+    def _on_start(self, record: dict[str, Any]) -> None:
+        self.starts += 1
+        if record["step"]:
+            why = "after a failed worker, " if self.starts > 1 else ""
+            self.say(f"{why}going on from the checkpoint of step {record['step']}")
+        elif self.starts > 1:
+            self.say("after a failed worker, starting again: there was no checkpoint yet")
+        self.bar.update(self.task, description="training", completed=record["step"])
+
+    def _on_step(self, record: dict[str, Any]) -> None:
+        rate = record["tokens"] / record["seconds"]["total"]
+        left = self.plan.lifecycle.total_steps - record["step"]
+        figures = f"loss {record['loss']:.4f}  {rate:,.0f} tok/s  {format_bytes(record['memory_bytes'])}"
+        self.bar.update(self.task, completed=record["step"], figures=figures)
+        now = time.monotonic()
+        if not self.console.is_terminal and (now - self.last_line >= LINE_EVERY_S or not left):
+            self.last_line = now
+            self.say(f"step {record['step']}/{self.plan.lifecycle.total_steps}  {figures}  lr {record['lr']:.2e}")
+
+    def _on_eval(self, record: dict[str, Any]) -> None:
+        self.losses["eval"] = record["loss"]
+        self.say(f"step {record['step']}: held-out loss {record['loss']:.4f}, token accuracy {record['accuracy']:.1%}")
+
+    def _on_exact_match(self, record: dict[str, Any]) -> None:
+        when = "before training" if record["step"] == 0 else f"after step {record['step']}"
+        self.say(f"{when}: exact match {record['score']:.1%} on {record['rows']} held-out answers")
+
+    def _on_damaged_checkpoint(self, record: dict[str, Any]) -> None:
+        self.say(f"damaged checkpoint passed over: {record['message']}")
+
+    def _on_stopping(self, record: dict[str, Any]) -> None:
+        self.say("stopping after this step, then saving; once more stops at once")
+        self.bar.update(self.task, description="stopping")
+
+
+@contextlib.contextmanager
+def preparing(console: Console) -> Iterator[Any]:
+    """A reporter for the preparation: a bar for each of its phases."""
+    with Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield report
