@@ -33,5 +33,5 @@ RUN mkdir recipes && pip install -c constraints.txt . && pip uninstall -y slipwa
 COPY . .
 RUN pip install --no-deps .
 
-WORKDIR /work
+WORKDIR /workspace
 CMD ["slipway", "--help"]
