@@ -20,7 +20,7 @@ def command(
     """Fine-tune as a recipe says and export the model. Ctrl-C saves; `slipway resume` goes on."""
     from launcher.cli.launch import launch
     from launcher.cli.progress import preparing
-    from launcher.driver.start import create_run_folder, decide, new_run_folder, planned
+    from launcher.driver.start import claimed, create_run_folder, decide, new_run_folder, planned
     from launcher.plan.facts import ClusterFacts
     from launcher.plan.plan import Plan
     from launcher.recipe.load import load
@@ -35,4 +35,5 @@ def command(
         create_run_folder(plan, loaded)
         return plan
 
-    launch(folder, address, make_plan)
+    with claimed(folder):
+        launch(folder, address, make_plan)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from launcher.checkpoint.layout import newest_committed
-from launcher.errors import ModelError, RecipeError, RunFolderError, UserError
+from launcher.errors import ModelError, RecipeError, RunFolderError
 from launcher.plan.facts import ClusterFacts
 from launcher.plan.layout import choose_device, resolve_layout
 from launcher.plan.plan import DataFacts, ModelPlan, Plan
@@ -148,6 +149,23 @@ def model_settings(model: ModelPlan) -> dict[str, Any]:
     return settings
 
 
+@contextlib.contextmanager
+def claimed(run_dir: Path) -> Iterator[None]:
+    """Make a new run's folder, and take it away again if the block fails before there is a run in it.
+
+    Raises:
+        RunFolderError: it cannot be made.
+    """
+    with writable(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if not (run_dir / "plan.json").exists():
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
+
+
 def create_run_folder(plan: Plan, loaded: LoadedRecipe) -> None:
     """Make the run's folder with recipe.yaml, plan.json and environment.json, and a scratch model's `base/`.
 
@@ -177,21 +195,16 @@ def create_run_folder(plan: Plan, loaded: LoadedRecipe) -> None:
         plan.save(run_dir / "plan.json")
 
 
-class writable:  # noqa: N801 (reads as a word in `with writable(folder):`)
-    """Turns what the file system says about a run's folder into an error with a hint."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and not isinstance(error, UserError):
-            reason = error.strerror or str(error)
-            raise RunFolderError(
-                f"cannot write to {self.folder}: {reason}", hint="free some space, or choose another folder with --run-dir"
-            ) from error
+@contextlib.contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Turn what the file system says about a run's folder into an error with a hint."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(
+            f"cannot write to {folder}: {error.strerror or error}",
+            hint="free some space, or choose another folder with --run-dir",
+        ) from error
 
 
 def environment() -> dict[str, Any]:

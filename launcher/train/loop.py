@@ -111,7 +111,7 @@ def train(parts: Parts, progress: Progress) -> Verdict:
         ending = last or out_of_time or result.stop
         if progress.step % life.log_every_steps == 0 or ending:
             log_step(parts, progress, global_batch, result, learning_rate)
-        if (progress.step % life.eval_every_steps == 0 or ((last or out_of_time) and not result.stop)) and len(parts.eval_data):
+        if progress.step % life.eval_every_steps == 0 or last or out_of_time:
             measure(parts, progress)
         if progress.step % life.checkpoint_every_steps == 0 or ending:
             checkpoint(parts, progress)
@@ -219,7 +219,9 @@ def log_step(parts: Parts, progress: Progress, global_batch: Any, result: StepRe
 
 
 def measure(parts: Parts, progress: Progress) -> None:
-    """Evaluation loss and token accuracy."""
+    """Evaluation loss and token accuracy, where rows are held out."""
+    if not parts.eval_data.num_documents:
+        return
     layout, data = parts.plan.layout, parts.plan.trajectory.data
     with parts.watch.part("evaluate"):
         loss, accuracy = evaluate_loss(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from launcher.plan.batch import batch_layout
+from launcher.plan.deepspeed import deepspeed_config
 from launcher.plan.plan import (
     DataFacts,
     DataPlan,
@@ -26,12 +28,12 @@ from launcher.plan.plan import (
     SourcePlan,
     Trajectory,
 )
-from launcher.train import engine as engines
+from launcher.train.engine import build_engine
 
 GLOBAL_BATCH, TOKENS, VOCABULARY = 6, 12, 127  # six rows for 1, 2 or 3 ranks; odd sizes, so that partitions cut rows
 
 
-def tiny_plan(run_dir: Path, zero: int, dtype: str = "fp32", offload: bool = False, seed: int = 0) -> Plan:
+def tiny_plan(run_dir: Path, zero: int, dtype: Any = "fp32", offload: bool = False, seed: int = 0) -> Plan:
     """A whole Plan; only what the engine and the checkpoint look at means anything."""
     source = SourcePlan(path=str(run_dir / "rows.jsonl"), format="auto", split=None, limit=None)
     return Plan(
@@ -47,7 +49,6 @@ def tiny_plan(run_dir: Path, zero: int, dtype: str = "fp32", offload: bool = Fal
                 scratch={},
                 tokenizer=None,
                 chat_template=None,
-                attention="sdpa",
                 trust_remote_code=False,
             ),
             method=MethodPlan(kind="full", rank=None, alpha=None, dropout=None, targets=None, train_last_layers=None),
@@ -64,7 +65,7 @@ def tiny_plan(run_dir: Path, zero: int, dtype: str = "fp32", offload: bool = Fal
             ),
             data_content_hash="",
             seed=seed,
-            dtype=dtype,  # type: ignore[arg-type]
+            dtype=dtype,
             global_batch_size=GLOBAL_BATCH,
             optimizer=OptimizerPlan(
                 name="adamw", lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0
@@ -77,6 +78,7 @@ def tiny_plan(run_dir: Path, zero: int, dtype: str = "fp32", offload: bool = Fal
             cpus_per_worker=1,
             zero=zero,
             offload=offload,
+            attention="sdpa",
             micro_batch_size=GLOBAL_BATCH,
             gradient_checkpointing=False,
         ),
@@ -137,18 +139,14 @@ def tiny_engine(plan: Plan, freeze_first: bool = False) -> Iterator[Any]:
     if freeze_first:
         model.model.embed_tokens.requires_grad_(False)
         model.model.layers[0].requires_grad_(False)
-    written = engines.deepspeed_config
 
     def with_low_threshold(*args: Any) -> dict[str, Any]:
-        config = written(*args)
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 1000
-        return config
+        written = deepspeed_config(*args)
+        written["zero_optimization"]["stage3_param_persistence_threshold"] = 1000
+        return written
 
-    engines.deepspeed_config = with_low_threshold
-    try:
-        engine = engines.build_engine(model, plan, batch_layout(GLOBAL_BATCH, GLOBAL_BATCH, dist.get_world_size()))
-    finally:
-        engines.deepspeed_config = written
+    with mock.patch("launcher.train.engine.deepspeed_config", with_low_threshold):
+        engine = build_engine(model, plan, batch_layout(GLOBAL_BATCH, GLOBAL_BATCH, dist.get_world_size()))
     try:
         yield engine
     finally:
@@ -172,7 +170,4 @@ def train(engine: Any, first: int, count: int) -> list[float]:
 
 def quiet() -> None:
     """DeepSpeed's start-up messages are no part of a test's output."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import logging
-
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
