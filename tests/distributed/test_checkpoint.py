@@ -67,12 +67,14 @@ def resumed(root: Path, again: Path) -> dict[str, list[float]]:
 
 
 def resharded(root: Path, pairs: list[tuple[str, int, bool]]) -> list[list[float]]:
-    """Losses after loading the step-4 checkpoint of each named run at this group's size and each (stage, offload)."""
+    """Losses after loading each named run's step-4 checkpoint into an engine of (stage, offload) that was in use."""
     quiet()
     losses = []
     for name, zero, offload in pairs:
         plan = tiny_plan(root / name, zero, name.partition("-")[0], offload)
         with tiny_engine(plan) as engine:
+            # ZeRO-3 gathers its small parameters at the first forward and keeps them: from then on they can be stale.
+            train(engine, 0, 1)
             load(checkpoint_dir(root / name, SAVED_AT), engine, plan)
             losses.append(train(engine, SAVED_AT, 4))
     return losses
