@@ -48,9 +48,9 @@ def prepare(
         raise DataError("data.train names no file", hint="add data.train: [{path: my.jsonl}]")
     key, num_rows = _key(model, data, seed)
     folder = Path(os.path.abspath(cache_dir)) / key
-    if found := _find(folder):
-        return found
     try:
+        if found := _find(folder):
+            return found
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
             if found := _find(folder):  # another process made it while this one waited
