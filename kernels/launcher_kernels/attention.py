@@ -6,6 +6,8 @@ Work is proportional to the sum of squared document lengths, not to T squared.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -42,7 +44,7 @@ def packed_attention(
     if num_groups > 1:
         key, value = (x.repeat_interleave(num_groups, dim=0) for x in (key, value))
     bounds = cu_seqlens.tolist()
-    lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    lengths = [stop - start for start, stop in pairwise(bounds)]
     # One split each, not a slice a document: the backward of a slice writes a whole [H, T, d] of zeros.
     documents = zip(*(x.split(lengths, dim=1) for x in (query, key, value)), strict=True)
     attended = [_one_document(q, k, v, scale, sliding_window, softcap, dropout) for q, k, v in documents]

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 def cross_entropy_sum(logits_SV: Tensor, targets_S: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of -log softmax(logits)[target] in fp32, and how many targets were the most likely token.
 
-    A sum, not a mean: a mean over one micro batch, averaged over micro batches and ranks, weighs tokens by the company they
-    keep. The caller divides by the supervised tokens of the whole global batch.
+    A sum, not a mean: a mean over one micro batch, averaged over micro batches and ranks, weighs tokens by the
+    company they keep. The caller divides by the supervised tokens of the whole global batch.
 
     Args:
         logits_SV: [S, V], any floating dtype; S may be 0

@@ -87,7 +87,8 @@ def export(plan: Plan, out: Path, merge: bool) -> dict[str, Any]:
     except (IndexError, json.JSONDecodeError):
         last = result.stderr.strip().splitlines()[-1:] or [f"the exporter ended with {result.returncode}"]
         raise RunFailed(
-            f"the model could not be exported: {last[0]}", hint=f"see {plan.run_dir}/logs/export.log; the checkpoints are safe"
+            f"the model could not be exported: {last[0]}",
+            hint=f"see {plan.run_dir}/logs/export.log; the checkpoints are safe",
         ) from None
     if "error" in report:
         error = SlipwayError(report["error"], report["hint"])
@@ -106,7 +107,9 @@ def conclude(plan: Plan, report: dict[str, Any]) -> None:
         print(f"held-out loss: {losses[0]:.4f} first, {losses[-1]:.4f} last")
     agreement = report["agreement"]
     if agreement:
-        print(f"checked: plain transformers gives the trained model's logits, largest difference {agreement['largest']:.1e}")
+        print(
+            f"checked: plain transformers gives the trained model's logits, off by at most {agreement['largest']:.1e}"
+        )
     if report["drift"] is not None:
         print(f"merging changed a logit by at most {report['drift']:.1e}")
     print(f"model: {shown(Path(report['folder']))}")

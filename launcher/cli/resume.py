@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-
 from launcher.cli.arguments import Address, Overrides, RunFolder
 
 
@@ -25,5 +22,3 @@ def command(run: RunFolder, overrides: Overrides = None, address: Address = None
         return plan
 
     launch(run_dir, address, make_plan)
-
-

@@ -15,7 +15,9 @@ def command(
     recipe: RecipeName,
     overrides: Overrides = None,
     address: Address = None,
-    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Folder of the run, instead of a new one in runs/")] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", help="Folder of the run, instead of a new one in runs/")
+    ] = None,
 ) -> None:
     """Fine-tune as a recipe says and export the model. Ctrl-C saves; `slipway resume` goes on."""
     from launcher.cli.launch import launch

@@ -63,7 +63,10 @@ def cluster_facts() -> ClusterFacts:
     import ray
 
     here = ray.get_runtime_context().get_node_id()
-    nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: (node["NodeID"] != here, node["NodeManagerHostname"]))
+    nodes = sorted(
+        (node for node in ray.nodes() if node["Alive"]),
+        key=lambda node: (node["NodeID"] != here, node["NodeManagerHostname"]),
+    )
     return ClusterFacts(
         tuple(
             NodeFacts(

@@ -1,7 +1,7 @@
 """Each host's network interface, given to gloo and NCCL before the process group opens.
 
-Left alone, gloo resolves the host's own name, which many distributions map to 127.0.x.1: ranks on other hosts then wait for a
-loopback address until they time out.
+Left alone, gloo resolves the host's own name, which many distributions map to 127.0.x.1: ranks on other hosts then
+wait for a loopback address until they time out.
 """
 
 from __future__ import annotations

@@ -118,7 +118,8 @@ def pinned(model: ModelPlan) -> ModelPlan:
         ) from error
     except RepositoryNotFoundError as error:
         raise ModelError(
-            f"{model.path} is neither a folder here nor a model on the hub", hint="check the path or id; set HF_TOKEN for private models"
+            f"{model.path} is neither a folder here nor a model on the hub",
+            hint="check the path or id; set HF_TOKEN for private models",
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(
@@ -144,7 +145,9 @@ def model_settings(model: ModelPlan) -> dict[str, Any]:
     else:
         path = Path(model.path) / "config.json"
     if not path.is_file():
-        raise ModelError(f"{model.path} has no config.json", hint="give a folder that save_pretrained wrote, or a hub id")
+        raise ModelError(
+            f"{model.path} has no config.json", hint="give a folder that save_pretrained wrote, or a hub id"
+        )
     settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return settings
 
@@ -179,7 +182,8 @@ def create_run_folder(plan: Plan, loaded: LoadedRecipe) -> None:
         free = shutil.disk_usage(run_dir).free
         if free < MINIMUM_FREE_BYTES:
             raise RunFolderError(
-                f"no space left in {run_dir}: {free / 2**20:.0f} MiB free", hint="free some, or choose another --run-dir"
+                f"no space left in {run_dir}: {free / 2**20:.0f} MiB free",
+                hint="free some, or choose another --run-dir",
             )
         (run_dir / "recipe.yaml").write_text(loaded.text, encoding="utf-8")
         (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
@@ -262,7 +266,10 @@ def fits(plan: Plan, cluster: ClusterFacts) -> bool:
     layout = plan.layout
     if layout.device == "cuda":
         return cluster.gpus >= layout.workers
-    return choose_device(cluster) == "cpu" and sum(node.cpus // layout.cpus_per_worker for node in cluster.nodes) >= layout.workers
+    return (
+        choose_device(cluster) == "cpu"
+        and sum(node.cpus // layout.cpus_per_worker for node in cluster.nodes) >= layout.workers
+    )
 
 
 def refuse_trajectory_keys(overrides: list[str], run_dir: Path) -> None:

@@ -1,7 +1,7 @@
 """A Plan on Ray Train: place the workers, follow them, turn their end into a verdict or a named failure.
 
-Ray Train restarts failed workers, up to the plan's `max_failures`; each restart goes on from the newest checkpoint. We keep
-no supervisor of our own.
+Ray Train restarts failed workers, up to the plan's `max_failures`; each restart goes on from the newest checkpoint.
+We keep no supervisor of our own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ GLOO_TIMEOUT_S = 1800
 
 
 def fit(plan: Plan, attempt: int, listener: Listener) -> Verdict:
-    """Train `plan` on the connected cluster until its workers end. Call from the main thread: it takes SIGINT and SIGTERM.
+    """Train `plan` on the connected cluster until its workers end. Call from the main thread: it takes SIGINT and
+    SIGTERM.
 
     Raises:
         RunFailed: the workers failed more often than allowed; the message begins with the root cause.
@@ -61,7 +62,9 @@ def fit(plan: Plan, attempt: int, listener: Listener) -> Verdict:
     if verdict is not None:
         if verdict.kind == "stopped":
             raise Interrupted(
-                f"{verdict.message}", hint=f"slipway resume {run_dir}", exit_code=128 + (stopping[0] if stopping else signal.SIGINT)
+                f"{verdict.message}",
+                hint=f"slipway resume {run_dir}",
+                exit_code=128 + (stopping[0] if stopping else signal.SIGINT),
             )
         return verdict
     raise named_failure(outcome[0], run_dir, plan.lifecycle.max_failures)
@@ -94,7 +97,8 @@ def build_trainer(plan: Plan, attempt: int) -> Any:
 
 
 def follow(path: Path) -> Iterator[list[dict[str, Any]]]:
-    """At each `next`, the whole lines that were added to a JSON-lines file since the last; begins at its present end."""
+    """At each `next`, the whole lines that were added to a JSON-lines file since the last; begins at its present
+    end."""
     position = path.stat().st_size if path.exists() else 0
     rest = b""
     while True:
@@ -113,7 +117,8 @@ def follow(path: Path) -> Iterator[list[dict[str, Any]]]:
 
 @contextlib.contextmanager
 def stop_on_signals(run_dir: Path, listener: Listener) -> Iterator[list[int]]:
-    """The first SIGINT or SIGTERM asks the workers to save and end, the second ends at once. Yields the signals so far."""
+    """The first SIGINT or SIGTERM asks the workers to save and end, the second ends at once. Yields the signals so
+    far."""
     seen: list[int] = []
 
     def handler(number: int, frame: Any) -> None:

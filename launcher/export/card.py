@@ -24,7 +24,8 @@ def model_card(plan: Plan, step: int, agreement: Agreement | None, notes: list[s
     lines += [
         f"Fine-tuned with Slipway {plan.version} from {base[trajectory.model.source]}"
         + (f" at {trajectory.model.revision}" if trajectory.model.revision else "")
-        + f", method {trajectory.method.kind}, {trajectory.dtype}, {step} steps of {trajectory.global_batch_size} rows.",
+        + f", method {trajectory.method.kind}, {trajectory.dtype}, {step} steps of "
+        f"{trajectory.global_batch_size} rows.",
         "",
         "## Results",
         "",
@@ -79,7 +80,7 @@ def checked(agreement: Agreement | None, dtype: str) -> str:
     if agreement is None:
         return "Logits not compared: the run kept no probe of this step."
     return (
-        f"Loaded by plain transformers in a fresh process, this folder's logits differ from the trained model's by at most "
-        f"{agreement.largest:.2e} (largest logit {agreement.scale:.2f}, {dtype}); "
+        f"Loaded by plain transformers in a fresh process, this folder's logits differ from the trained model's by "
+        f"at most {agreement.largest:.2e} (largest logit {agreement.scale:.2f}, {dtype}); "
         f"{agreement.same_token:.1%} of the most likely tokens are the same."
     )

@@ -98,7 +98,9 @@ def write_folder(plan: Plan, model: Any, tokenizer: Any, folder: Path, merged: b
         from launcher.data.template import end_of_turn_id
 
         generation.eos_token_id = end_of_turn_id(tokenizer)
-        generation.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        generation.pad_token_id = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
     model.save_pretrained(folder, max_shard_size=plan.lifecycle.max_shard_size)
     if generation is not None:
         generation.save_pretrained(folder)

@@ -1,4 +1,5 @@
-"""The trained model in this process's memory, from a committed checkpoint and the Plan alone; adapters folded in on request."""
+"""The trained model in this process's memory, from a committed checkpoint and the Plan alone; adapters folded in on
+request."""
 
 from __future__ import annotations
 
@@ -52,12 +53,16 @@ def fill(model: nn.Module, weights: dict[str, torch.Tensor], checkpoint: Path) -
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if trained.keys() != weights.keys():
         different = sorted(trained.keys() ^ weights.keys())
-        raise CheckpointError(f"{checkpoint.name} and the model differ in {len(different)} weights, first {different[0]}")
+        raise CheckpointError(
+            f"{checkpoint.name} and the model differ in {len(different)} weights, first {different[0]}"
+        )
     with torch.no_grad():
         for name, parameter in trained.items():
             value = weights[name]
             if value.numel() != parameter.numel():
-                raise CheckpointError(f"{checkpoint.name}: {name} has {value.numel()} numbers, the model {parameter.numel()}")
+                raise CheckpointError(
+                    f"{checkpoint.name}: {name} has {value.numel()} numbers, the model {parameter.numel()}"
+                )
             parameter.copy_(value.reshape(parameter.shape))
 
 
@@ -74,8 +79,8 @@ class Drift:
 def merged_model(plan: Plan, adapted: nn.Module) -> nn.Module:
     """The adapters folded into the base's weights.
 
-    A 4-bit base cannot hold them: it is dequantized to the training dtype first, and that very dequantized base is merged, not the
-    original weights, which the adapters never saw.
+    A 4-bit base cannot hold them: it is dequantized to the training dtype first, and that very dequantized base is
+    merged, not the original weights, which the adapters never saw.
     """
     merge: Any = adapted
     if not hasattr(merge, "merge_and_unload"):
@@ -105,6 +110,4 @@ def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 def drift(adapted: torch.Tensor, merged: torch.Tensor) -> Drift:
     """Compare two [T, V] logits."""
-    return Drift(
-        (adapted - merged).abs().max().item(), (adapted.argmax(-1) == merged.argmax(-1)).float().mean().item()
-    )
+    return Drift((adapted - merged).abs().max().item(), (adapted.argmax(-1) == merged.argmax(-1)).float().mean().item())

@@ -1,4 +1,5 @@
-"""Does an exported folder give the trained model's logits? Asked in a process of its own, of plain transformers and peft.
+"""Does an exported folder give the trained model's logits? Asked in a process of its own, of plain transformers and
+peft.
 
 `python -m launcher.export.verify FOLDER PROBE` prints the differences as JSON and imports nothing else of ours.
 """
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 4e-2}
-"""Largest difference of a logit, as a share of the largest logit: rounding of another attention kernel, and nothing more."""
+"""Largest difference of a logit, as a share of the largest logit: rounding of another attention kernel, and nothing
+more."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ def main(folder: str, probe: str) -> None:
 
 
 def adapter_arguments(folder: Path) -> dict[str, Any]:
-    """How the base under exported adapters was loaded: its dtype, and 4-bit for QLoRA. Kept in slipway.json beside them."""
+    """How the base under exported adapters was loaded: its dtype, and 4-bit for QLoRA. Kept in slipway.json beside
+    them."""
     import torch
 
     settings = json.loads((folder / "slipway.json").read_text(encoding="utf-8"))

@@ -15,8 +15,8 @@ from launcher.plan.plan import MethodPlan
 def apply_method(model: PreTrainedModel, method: MethodPlan, seed: int) -> nn.Module:
     """Mark what is trained, adding adapters where the method has them.
 
-    Returns the model itself, or peft's wrapper around it. Adapters are fp32 or bf16 like the base and start from `seed` alone,
-    so they are equal on all ranks and at every ZeRO stage.
+    Returns the model itself, or peft's wrapper around it. Adapters are fp32 or bf16 like the base and start from
+    `seed` alone, so they are equal on all ranks and at every ZeRO stage.
 
     Raises:
         ModelError: nothing to train, or target modules that the model does not have.
@@ -47,7 +47,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def freeze_all_but_last(model: PreTrainedModel, num_layers: int) -> None:
-    """Train the last `num_layers` decoder layers, what comes after them (the final norm), and the head unless it is tied.
+    """Train the last `num_layers` decoder layers, what comes after them (the final norm), and the head unless it is
+    tied.
 
     Raises:
         ModelError: the model has fewer layers.
@@ -81,7 +82,9 @@ def add_adapters(model: PreTrainedModel, method: MethodPlan, seed: int) -> nn.Mo
     """
     from peft import LoraConfig, get_peft_model
 
-    assert method.rank is not None and method.alpha is not None and method.dropout is not None
+    assert method.rank is not None
+    assert method.alpha is not None
+    assert method.dropout is not None
     targets: Any = method.targets if isinstance(method.targets, str) else list(method.targets or ())
     config = LoraConfig(
         r=method.rank,
@@ -96,7 +99,8 @@ def add_adapters(model: PreTrainedModel, method: MethodPlan, seed: int) -> nn.Mo
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            # autocast_adapter_dtype would keep adapters in fp32 beside a bf16 base, which ZeRO's flat groups do not take.
+            # autocast_adapter_dtype would keep adapters in fp32 beside a bf16 base, which ZeRO's flat groups do not
+            # take.
             adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
         except ValueError as error:
             raise ModelError(

@@ -1,9 +1,12 @@
 """Packed documents through transformers' attention interface, in any model that dispatches through it.
 
-A micro batch is one flat row of documents laid end to end. Their borders travel as the model's `attention_mask`: transformers
+A micro batch is one flat row of documents laid end to end. Their borders travel as the model's `attention_mask`:
+transformers
 hands a four-dimensional mask to every attention layer as it is, so `cu_seqlens` goes along as an int32 tensor of shape
-[1, 1, longest document, documents + 1], expanded (stride 0) over the third dimension. The shape carries the longest document's length
-without asking the device for it. An ordinary mask (generation, padded batches) is never int32 and takes transformers' own SDPA.
+[1, 1, longest document, documents + 1], expanded (stride 0) over the third dimension. The shape carries the longest
+document's length
+without asking the device for it. An ordinary mask (generation, padded batches) is never int32 and takes transformers'
+own SDPA.
 """
 
 from __future__ import annotations
@@ -11,13 +14,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from launcher_kernels.attention import packed_attention
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from launcher.errors import ModelError
+from launcher_kernels.attention import packed_attention
 
 # Names without "sdpa" or "flash" in them: transformers takes those words for its own and checks other things.
 NAMES = {"sdpa": "slipway_dense", "varlen": "slipway_varlen", "flash": "slipway_fa"}
@@ -40,7 +43,8 @@ def supports_packing(model_class: type[PreTrainedModel], config: PretrainedConfi
 
 
 def register() -> None:
-    """Make the three implementations known to transformers, each with a mask function (without one, masks are dropped)."""
+    """Make the three implementations known to transformers, each with a mask function (without one, masks are
+    dropped)."""
     forwards = {"sdpa": _sdpa_documents, "varlen": _varlen_documents, "flash": _flash_documents}
     for kind, name in NAMES.items():
         AttentionInterface.register(name, _dispatch(forwards[kind]))
@@ -116,9 +120,10 @@ def _varlen_documents(
     query, key, value = (x.transpose(0, 1).contiguous() for x in (query, key, value))
     longest = borders.shape[0]
     left = -1 if window is None else window - 1
-    attended: Tensor = varlen_attn(
+    attended = varlen_attn(
         query, key, value, borders[0], borders[0], longest, longest, scale=scale, window_size=(left, 0)
     )
+    assert isinstance(attended, Tensor)
     return attended
 
 

@@ -60,7 +60,7 @@ def check_packing(model: ModelPlan, packing: bool) -> None:
     config = load_config(model)
     if packing and not model.trust_remote_code and not attention.supports_packing(model_class(config), config):
         raise ModelError(
-            f"packed documents would see each other in a {config.model_type} model: its attention cannot be told their borders",
+            f"packed documents would see each other: the attention of {config.model_type} cannot be told their borders",
             hint="set data.packing to false",
         )
 
@@ -68,8 +68,8 @@ def check_packing(model: ModelPlan, packing: bool) -> None:
 def load_model(plan: Plan, deepspeed_config: dict[str, Any], device: torch.device) -> PreTrainedModel:
     """The base model with its weights: fp32 or bf16, or 4-bit NF4 for QLoRA.
 
-    Under ZeRO-3 the weights are partitioned as they are read, so that no rank ever holds the whole model; a quantized base is the
-    exception, which each rank reads whole before DeepSpeed partitions it.
+    Under ZeRO-3 the weights are partitioned as they are read, so that no rank ever holds the whole model; a quantized
+    base is the exception, which each rank reads whole before DeepSpeed partitions it.
 
     Raises:
         ModelError: weights missing or unreadable.
@@ -103,8 +103,8 @@ def load_model(plan: Plan, deepspeed_config: dict[str, Any], device: torch.devic
 def nf4(dtype: torch.dtype) -> Any:
     """bitsandbytes' 4-bit NormalFloat with double quantization (Dettmers et al., 2023).
 
-    The 4-bit bytes are stored as tensors of the training dtype: ZeRO-3 flattens parameters of one dtype together, and DeepSpeed casts
-    every floating tensor to that dtype, which would corrupt bytes stored as another.
+    The 4-bit bytes are stored as tensors of the training dtype: ZeRO-3 flattens parameters of one dtype together, and
+    DeepSpeed casts every floating tensor to that dtype, which would corrupt bytes stored as another.
     """
     from transformers import BitsAndBytesConfig
 
@@ -144,7 +144,9 @@ def _downloaded_once(model: ModelPlan) -> Iterator[None]:
         lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock):
             snapshot_download(
-                model.path, revision=model.revision, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+                model.path,
+                revision=model.revision,
+                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"],
             )
     yield
 

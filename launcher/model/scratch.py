@@ -33,8 +33,14 @@ def scratch_config(model: ModelPlan, tokenizer_folder: Path) -> PretrainedConfig
     try:
         config: PretrainedConfig = AutoConfig.for_model(**settings)
     except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"model.scratch: {error}", hint="use the keys of the model type's transformers configuration") from error
-    unknown = [key for key in settings if key != "model_type" and key not in type(config)().to_dict() and key not in config.attribute_map]
+        raise ModelError(
+            f"model.scratch: {error}", hint="use the keys of the model type's transformers configuration"
+        ) from error
+    unknown = [
+        key
+        for key in settings
+        if key != "model_type" and key not in type(config)().to_dict() and key not in config.attribute_map
+    ]
     if unknown:
         raise ModelError(
             f"model.scratch: {', '.join(unknown)}: no key of a {config.model_type} configuration",

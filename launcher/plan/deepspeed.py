@@ -11,8 +11,8 @@ from launcher.plan.plan import Dtype, LayoutPlan
 def deepspeed_config(layout: LayoutPlan, batch: BatchLayout, dtype: Dtype, max_grad_norm: float) -> dict[str, Any]:
     """DeepSpeed's configuration for one layout.
 
-    The optimizer and the learning rate are ours and not named here: the optimizer is handed over as an object, the rate is
-    written into its groups before each step.
+    The optimizer and the learning rate are ours and not named here: the optimizer is handed over as an object, the
+    rate is written into its groups before each step.
     """
     # At stage 0 in fp32 the engine clips without telling the norm: `train.engine.clip` does it there.
     clipping = 0.0 if layout.zero == 0 and dtype == "fp32" else max_grad_norm

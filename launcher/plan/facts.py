@@ -37,7 +37,8 @@ class ClusterFacts:
 
 
 def this_machine() -> ClusterFacts:
-    """This machine alone, without starting Ray: the CPUs this process may use, and NVIDIA's GPUs as the driver lists them."""
+    """This machine alone, without starting Ray: the CPUs this process may use, and NVIDIA's GPUs as the driver lists
+    them."""
     driver = Path("/proc/driver/nvidia/gpus")
     gpus = len(list(driver.iterdir())) if driver.is_dir() else 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -11,7 +11,8 @@ from launcher.plan.plan import Dtype, LayoutPlan
 from launcher.recipe.schema import Recipe
 
 LARGE = 2_000_000_000
-"""Parameters from which full training's state (16 bytes each) is spread over the ranks with the parameters themselves."""
+"""Parameters from which full training's state (16 bytes each) is spread over the ranks with the parameters
+themselves."""
 TOKENS_PER_MICRO_BATCH = {"cpu": 4096, "cuda": 8192}
 """Enough tokens to fill the device's matrix units, few enough for the logits of a large vocabulary to fit."""
 
@@ -65,11 +66,15 @@ def resolve_layout(
     )
 
 
-def _attention(recipe: Recipe, device: str, dtype: Dtype, reasons: dict[str, str]) -> Literal["sdpa", "varlen", "flash"]:
+def _attention(
+    recipe: Recipe, device: str, dtype: Dtype, reasons: dict[str, str]
+) -> Literal["sdpa", "varlen", "flash"]:
     if recipe.model.attention != "auto":
         return recipe.model.attention
     if device == "cpu" or dtype == "fp32":
-        reasons["model.attention"] = "torch's SDPA document by document: the variable-length kernels are for bf16 on GPUs"
+        reasons["model.attention"] = (
+            "torch's SDPA document by document: the variable-length kernels are for bf16 on GPUs"
+        )
         return "sdpa"
     if importlib.util.find_spec("flash_attn") is not None:
         reasons["model.attention"] = "flash-attn is installed"
@@ -85,9 +90,7 @@ def _workers(recipe: Recipe, cluster: ClusterFacts, device: str, reasons: dict[s
     return cluster.gpus if device == "cuda" else 1
 
 
-def _cpus_per_worker(
-    recipe: Recipe, cluster: ClusterFacts, device: str, workers: int, reasons: dict[str, str]
-) -> int:
+def _cpus_per_worker(recipe: Recipe, cluster: ClusterFacts, device: str, workers: int, reasons: dict[str, str]) -> int:
     if recipe.cluster.cpus_per_worker != "auto":
         return recipe.cluster.cpus_per_worker
     if device == "cuda":

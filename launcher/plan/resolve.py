@@ -220,7 +220,10 @@ def resolve_lifecycle(recipe: Recipe, facts: DataFacts, reasons: dict[str, str])
     bounds += [train.max_steps] if train.max_steps is not None else []
     total = min(bounds)
     interval = max(1, math.ceil(total / EVENTS_PER_RUN))
-    for key, value in (("evaluate.every_steps", evaluate.every_steps), ("checkpoint.every_steps", recipe.checkpoint.every_steps)):
+    for key, value in (
+        ("evaluate.every_steps", evaluate.every_steps),
+        ("checkpoint.every_steps", recipe.checkpoint.every_steps),
+    ):
         if value is None:
             reasons[key] = f"a tenth of {total} steps"
     if evaluate.generate is not None and facts.test_documents == 0:

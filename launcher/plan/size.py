@@ -7,10 +7,11 @@ from typing import Any
 
 
 def parameter_count(config: Mapping[str, Any]) -> int:
-    """Estimated parameters of a GPT-style model from its config.json; within a few percent for GPT-2 and Llama families.
+    """Estimated parameters of a GPT-style model from its config.json; within a few percent for GPT-2 and Llama
+    families.
 
-    Attention with grouped key-value heads, a gated (three matrices) or plain (two) feed-forward, embeddings once where tied.
-    Experts are counted whole. Returns 0 where the configuration does not name its sizes.
+    Attention with grouped key-value heads, a gated (three matrices) or plain (two) feed-forward, embeddings once
+    where tied. Experts are counted whole. Returns 0 where the configuration does not name its sizes.
     """
 
     def first(*names: str) -> int:

@@ -36,7 +36,8 @@ class Model(Section):
     chat_template: str | None = None
     """File with a Jinja chat template that replaces the tokenizer's own."""
     attention: Literal["auto", "sdpa", "varlen", "flash"] = "auto"
-    """How packed documents are attended: `sdpa` runs anywhere, `varlen` is torch's own on CUDA, `flash` needs flash-attn."""
+    """How packed documents are attended: `sdpa` runs anywhere, `varlen` is torch's own on CUDA, `flash` needs
+    flash-attn."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose code you have read."""
 
@@ -45,7 +46,8 @@ class Method(Section):
     """What is trained."""
 
     kind: Literal["full", "lora", "qlora", "freeze"] = "full"
-    """`full`: every weight. `lora`: low-rank adapters. `qlora`: adapters over a 4-bit NF4 base. `freeze`: last layers."""
+    """`full`: every weight. `lora`: low-rank adapters. `qlora`: adapters over a 4-bit NF4 base. `freeze`: last
+    layers."""
     rank: PositiveInt = 16
     """Rank of the adapters (lora, qlora)."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
@@ -110,7 +112,8 @@ class Train(Section):
     max_steps: PositiveInt | None = None
     """Optimizer steps, at most. The schedule ends at whichever of `epochs` and `max_steps` comes first."""
     max_time: str | None = None
-    """Wall-clock limit such as `90s`, `30m` or `2h`: then the run evaluates, saves and ends. The schedule is not bent."""
+    """Wall-clock limit such as `90s`, `30m` or `2h`: then the run evaluates, saves and ends. The schedule is not
+    bent."""
     global_batch_size: PositiveInt = 32
     """Rows in an optimizer step over all ranks; packed rows where `data.packing` is on."""
     micro_batch_size: PositiveInt | Auto = "auto"
@@ -120,7 +123,8 @@ class Train(Section):
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of weights and activations; masters stay fp32. `auto`: bf16 on GPUs, fp32 on CPUs."""
     gradient_checkpointing: bool | Auto = "auto"
-    """Recompute activations in the backward pass: less memory, about a third more compute. `auto`: on GPUs, for models of
+    """Recompute activations in the backward pass: less memory, about a third more compute. `auto`: on GPUs, for
+    models of
     1B parameters or more."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Clip the global gradient norm; 0 switches it off."""

@@ -25,8 +25,8 @@ def without_compiler() -> bool:
 def import_deepspeed() -> Any:
     """`deepspeed`, with the ops switched off that it would compile at start-up and die of where it cannot.
 
-    On CPU DeepSpeed compiles a shared-memory all-reduce as soon as it opens its communication, and raises where there is no
-    C++ compiler or ninja is not on PATH. Gloo does the same work a little slower, on any machine.
+    On CPU DeepSpeed compiles a shared-memory all-reduce as soon as it opens its communication, and raises where there
+    is no C++ compiler or ninja is not on PATH. Gloo does the same work a little slower, on any machine.
     """
     import deepspeed
     from deepspeed.ops import __compatible_ops__ as compatible
@@ -39,7 +39,8 @@ def import_deepspeed() -> Any:
 
 def optimizer_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: matrices decay, norms and biases (one-dimensional) do not."""
-    decayed, kept = [], []
+    decayed: list[torch.nn.Parameter] = []
+    kept: list[torch.nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             # Under ZeRO-3 a partitioned parameter looks one-dimensional; its whole shape is in ds_shape.
@@ -50,7 +51,8 @@ def optimizer_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
 
 
 def build_optimizer(groups: Iterable[dict[str, Any]], plan: Plan) -> torch.optim.Optimizer:
-    """AdamW over `groups`: DeepSpeed's vectorized one when a GPU run offloads and it can be compiled, torch's otherwise."""
+    """AdamW over `groups`: DeepSpeed's vectorized one when a GPU run offloads and it can be compiled, torch's
+    otherwise."""
     hyper = plan.trajectory.optimizer
     settings: dict[str, Any] = {"lr": hyper.lr, "betas": hyper.betas, "eps": hyper.eps}
     if plan.layout.offload and plan.layout.device == "cuda":
@@ -58,7 +60,9 @@ def build_optimizer(groups: Iterable[dict[str, Any]], plan: Plan) -> torch.optim
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
             return DeepSpeedCPUAdam(list(groups), **settings)
-        log.warning("no C++ compiler: the offloaded optimizer is torch's AdamW, several times slower than DeepSpeedCPUAdam")
+        log.warning(
+            "no C++ compiler: the offloaded optimizer is torch's AdamW, several times slower than DeepSpeedCPUAdam"
+        )
     return torch.optim.AdamW(list(groups), **settings, fused=True)
 
 

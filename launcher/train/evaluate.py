@@ -55,7 +55,8 @@ def exact_match(
 ) -> float:
     """Share of test rows whose greedy answer equals the reference, surrounding white space aside.
 
-    Rows are dealt out to the ranks in batches; every rank runs the same number of batches. The answers go to `answers_file`, a line
+    Rows are dealt out to the ranks in batches; every rank runs the same number of batches. The answers go to
+    `answers_file`, a line
     {"where", "prompt", "reference", "answer", "correct"} each, in the order of the rows.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -64,7 +65,9 @@ def exact_match(
     with evaluating(engine):
         for first in range(0, len(batches), world_size):
             mine = batches[first + rank] if first + rank < len(batches) else batches[-1]
-            texts = _answers(engine.module, [rows[i].prompt_ids for i in mine], tokenizer, end_of_turn, settings, zero_stage, device)
+            texts = _answers(
+                engine.module, [rows[i].prompt_ids for i in mine], tokenizer, end_of_turn, settings, zero_stage, device
+            )
             if first + rank < len(batches):
                 answered += zip(mine, texts, strict=True)
     gathered: list[Any] = [None] * world_size
@@ -75,10 +78,18 @@ def exact_match(
         row, answer = rows[i], answers[i]
         correct = answer.strip() == row.answer.strip()
         lines.append(
-            {"where": row.where, "prompt": row.prompt_text, "reference": row.answer, "answer": answer, "correct": correct}
+            {
+                "where": row.where,
+                "prompt": row.prompt_text,
+                "reference": row.answer,
+                "answer": answer,
+                "correct": correct,
+            }
         )
     if rank == 0:
-        answers_file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        answers_file.write_text(
+            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
+        )
     return sum(line["correct"] for line in lines) / len(lines)
 
 
@@ -110,7 +121,8 @@ def _answers(
         use_cache=True,
         eos_token_id=[end_of_turn],
         pad_token_id=end_of_turn,
-        # Under ZeRO-3 a forward gathers parameters from all ranks: the one that is done first must go on with the others.
+        # Under ZeRO-3 a forward gathers parameters from all ranks: the one that is done first must go on with the
+        # others.
         synced_gpus=zero_stage == 3 and dist.get_world_size() > 1,
     )
     new_tokens = output[:, longest:].tolist()

@@ -130,7 +130,8 @@ def optimizer_step(parts: Parts, step: int, supervised_tokens: int, learning_rat
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     seed_step(parts.plan.trajectory.seed, step, rank)
-    # DeepSpeed averages over ranks and micro steps; this turns that average of sums into the sum over the global batch divided by
+    # DeepSpeed averages over ranks and micro steps; this turns that average of sums into the sum over the global
+    # batch divided by
     # its supervised tokens, a number known before the first backward.
     scale = batch.world_size * batch.num_micro_steps / supervised_tokens
     micro_batches = parts.train_data.micro_batches(step, batch, rank)
@@ -158,23 +159,32 @@ def optimizer_step(parts: Parts, step: int, supervised_tokens: int, learning_rat
             grad_norm = step_engine(engine, parts.plan)
     assert result is not None
     if grad_norm is not None and not math.isfinite(grad_norm):
-        return replace(result, not_finite=f"the gradient norm of step {step + 1} is {grad_norm}, its loss {result.loss:.4f}")
+        return replace(
+            result, not_finite=f"the gradient norm of step {step + 1} is {grad_norm}, its loss {result.loss:.4f}"
+        )
     return replace(result, grad_norm=grad_norm)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Random state as a function of (seed, step, rank): a resumed run needs none saved to draw the same dropout masks."""
+    """Random state as a function of (seed, step, rank): a resumed run needs none saved to draw the same dropout
+    masks."""
     torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
 
 
 def agree(
     parts: Parts, step: int, losses: torch.Tensor, correct: torch.Tensor, seen: list[MicroBatch], supervised_tokens: int
 ) -> StepResult:
-    """Add the ranks' sums up, and tell every rank of a stop request or a loss that is not finite: the step's only wait."""
+    """Add the ranks' sums up, and tell every rank of a stop request or a loss that is not finite: the step's only
+    wait."""
     stop = dist.get_rank() == 0 and stop_requested(parts.run_dir)
     finite = torch.isfinite(losses)
     totals = torch.stack(
-        [losses.double().sum(), correct.double(), (~finite).sum().double(), torch.tensor(float(stop), device=parts.device).double()]
+        [
+            losses.double().sum(),
+            correct.double(),
+            (~finite).sum().double(),
+            torch.tensor(float(stop), device=parts.device).double(),
+        ]
     )
     dist.all_reduce(totals)
     loss_total, correct_total, num_bad, stops = totals.tolist()
@@ -234,7 +244,8 @@ def measure(parts: Parts, progress: Progress) -> None:
 def answer_test_rows(parts: Parts, step: int) -> float:
     """Exact match on the test rows; the answers are kept in the run's folder."""
     life = parts.plan.lifecycle
-    assert parts.test_rows is not None and life.generate is not None
+    assert parts.test_rows is not None
+    assert life.generate is not None
     with parts.watch.part("evaluate"):
         score = exact_match(
             parts.engine,

@@ -9,11 +9,11 @@ import inspect
 from typing import Any
 
 import torch
-from launcher_kernels.cross_entropy import cross_entropy_sum
 from torch import Tensor
 
 from launcher.data.loader import MicroBatch
 from launcher.model.attention import document_borders
+from launcher_kernels.cross_entropy import cross_entropy_sum
 
 
 class SupervisedLoss:
@@ -24,14 +24,15 @@ class SupervisedLoss:
         Args:
             network: what is called: the DeepSpeed engine, or a model
             causal_lm: the transformers model inside it
-            flat: documents end to end in one row, kept apart by the packed attention; otherwise one padded row a document
-            device: where the batch goes
+            flat: documents end to end in one row, kept apart by the packed attention; otherwise one padded row a
+            document device: where the batch goes
         """
         self.network, self.flat, self.device = network, flat, device
         self.head_takes_index = flat and "logits_to_keep" in inspect.signature(type(causal_lm).forward).parameters
 
     def __call__(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Sum of the cross entropy over the batch's S supervised tokens, [] fp32 differentiable; correct tokens, [] fp32."""
+        """Sum of the cross entropy over the batch's S supervised tokens, [] fp32 differentiable; correct tokens, []
+        fp32."""
         logits_SV = self.logits(batch)
         return cross_entropy_sum(logits_SV, batch.targets.to(self.device, non_blocking=True))
 
@@ -60,8 +61,6 @@ class SupervisedLoss:
         tokens_DL = torch.zeros(mask_DL.shape, dtype=torch.long)
         tokens_DL[mask_DL] = batch.input_ids[0]
         mask_DL = mask_DL.to(self.device)
-        output = self.network(
-            input_ids=tokens_DL.to(self.device), attention_mask=mask_DL.long(), use_cache=False
-        )
+        output = self.network(input_ids=tokens_DL.to(self.device), attention_mask=mask_DL.long(), use_cache=False)
         flat_logits: Tensor = output.logits[mask_DL]
         return flat_logits[index_S]

@@ -20,7 +20,8 @@ def probe_file(run_dir: Path, step: int) -> Path:
 
 
 def write_probe(loss: SupervisedLoss, batch: MicroBatch, run_dir: Path, step: int, rank: int) -> None:
-    """Save {"input_ids" [T] int64, "logits" [T, V] fp32} of the batch's first document. Collective: every rank computes it."""
+    """Save {"input_ids" [T] int64, "logits" [T, V] fp32} of the batch's first document. Collective: every rank
+    computes it."""
     length = min(int(batch.cu_seqlens[1]), MAX_TOKENS)
     document = MicroBatch(
         input_ids=batch.input_ids[:, :length],

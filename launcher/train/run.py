@@ -1,6 +1,7 @@
 """One worker's run: parts from the Plan, newest checkpoint, loop, verdict.
 
-Ray's workers call `train_run`; without Ray, `torchrun --nproc-per-node N -m launcher.train.run RUN/plan.json` does the same.
+Ray's workers call `train_run`; without Ray, `torchrun --nproc-per-node N -m launcher.train.run RUN/plan.json` does
+the same.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from launcher.checkpoint.load import load, newest_sound
-from launcher.errors import ModelError
 from launcher.data.loader import EvalData, TestRows, TrainData
+from launcher.errors import ModelError
 from launcher.model import attention
 from launcher.model.adapters import apply_method, enable_gradient_checkpointing
 from launcher.model.load import load_config, load_model, model_class
@@ -46,7 +47,9 @@ def train_run(plan: Plan, attempt: int) -> Verdict:
     try:
         parts = build_parts(plan, batch, device, metrics, attempt)
         progress = resume_point(parts)
-        metrics.write("start", step=progress.step, attempt=attempt, world_size=world_size, micro_steps=batch.num_micro_steps)
+        metrics.write(
+            "start", step=progress.step, attempt=attempt, world_size=world_size, micro_steps=batch.num_micro_steps
+        )
         return train(parts, progress)
     finally:
         metrics.close()
@@ -59,7 +62,7 @@ def use_device(plan: Plan) -> torch.device:
         torch.cuda.set_device(device)
         if plan.trajectory.dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise ModelError(
-                f"{torch.cuda.get_device_name(device)} has no bf16, and fp16 would need loss scaling, which is not offered",
+                f"{torch.cuda.get_device_name(device)} has no bf16, and fp16 with its loss scaling is not offered",
                 hint="set train.dtype to fp32, or use a GPU of the Ampere generation or later",
             )
         return device

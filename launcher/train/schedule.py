@@ -17,8 +17,8 @@ def warmup_steps(schedule: SchedulePlan, total_steps: int) -> int:
 def lr_factor(schedule: SchedulePlan, step: int, total_steps: int) -> float:
     """Share of the peak learning rate that step `step` (from 0) uses.
 
-    The warm-up is linear and reaches the peak in its last step; no step has rate zero but the end of a decay to zero. Cosine as in
-    Loshchilov and Hutter, 2017, without restarts.
+    The warm-up is linear and reaches the peak in its last step; no step has rate zero but the end of a decay to zero.
+    Cosine as in Loshchilov and Hutter, 2017, without restarts.
     """
     warmup = warmup_steps(schedule, total_steps)
     if step < warmup:

@@ -15,7 +15,8 @@ PARTS = ("data", "forward", "backward", "step", "evaluate", "checkpoint")
 class Stopwatch:
     """Seconds by part since the last `lap`, and tokens a second over all laps.
 
-    On CUDA the parts are as the host sees them, unless `synchronize` makes each wait for the device (`slipway bench` does).
+    On CUDA the parts are as the host sees them, unless `synchronize` makes each wait for the device (`slipway bench`
+    does).
     """
 
     def __init__(self, device: torch.device, synchronize: bool = False) -> None:

@@ -1,0 +1,87 @@
+"""Tokens per second of a recipe's training step, and where the time goes.
+
+`torchrun --nproc-per-node N -m launcher.bench.throughput PLAN STEPS` or, through `slipway bench`, in one process
+group of its own without Ray: placement is not what is measured. Prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from launcher.checkpoint.save import save
+from launcher.plan.batch import batch_layout
+from launcher.plan.plan import Plan
+from launcher.train.engine import import_deepspeed
+from launcher.train.loop import Parts, Progress, optimizer_step
+from launcher.train.metrics import MetricsLog
+from launcher.train.run import build_parts, use_device
+from launcher.train.schedule import lr_factor
+from launcher.train.throughput import PARTS, Stopwatch, memory_bytes
+
+WARMUP_STEPS = 3
+
+
+def measure(plan: Plan, num_steps: int) -> dict[str, Any]:
+    """Run `num_steps` optimizer steps after a few to warm up, and one checkpoint. Collective.
+
+    Returns medians: tokens_per_s (all ranks), step_s, and seconds of each part of a step; a step's tokens differ
+    where rows do, so tokens_per_s is all tokens over all seconds.
+    """
+    import_deepspeed()
+    device = use_device(plan)
+    batch = batch_layout(plan.trajectory.global_batch_size, plan.layout.micro_batch_size, dist.get_world_size())
+    parts = build_parts(plan, batch, device, MetricsLog(Path(plan.run_dir), writes=False), attempt=0)
+    # A watch that waits for the device after each part, so that a part is charged with its own time.
+    parts = Parts(**{**vars(parts), "watch": Stopwatch(device, synchronize=True)})
+    laps, tokens, losses = [], 0, []
+    for step in range(WARMUP_STEPS + num_steps):
+        if step == WARMUP_STEPS:
+            parts.watch.lap()
+        global_batch = parts.train_data.global_batch(step)
+        rate = plan.trajectory.optimizer.lr * lr_factor(plan.trajectory.schedule, step, plan.lifecycle.total_steps)
+        result = optimizer_step(parts, step, global_batch.supervised_tokens, rate)
+        losses.append(result.loss)
+        if step >= WARMUP_STEPS:
+            laps.append(parts.watch.lap())
+            tokens += global_batch.tokens
+    with parts.watch.part("checkpoint"):
+        save(Path(plan.run_dir), num_steps, 0, parts.engine, Progress(step=num_steps).as_dict(), plan)
+    parts_s = {name: statistics.median(lap.get(name, 0.0) for lap in laps) for name in PARTS[:4]}
+    return {
+        "tokens_per_s": tokens / sum(lap["total"] for lap in laps),
+        "step_s": statistics.median(lap["total"] for lap in laps),
+        "parts_s": parts_s | {"checkpoint": parts.watch.lap()["checkpoint"]},
+        "tokens": tokens,
+        "steps": num_steps,
+        "memory_bytes": memory_bytes(device),
+        "losses": losses,
+    }
+
+
+def main(plan_file: str, num_steps: str) -> None:
+    """Entry for torchrun: every rank measures, rank 0 prints."""
+    plan = Plan.load(Path(plan_file))
+    dist.init_process_group("nccl" if plan.layout.device == "cuda" else "gloo")
+    with tempfile.TemporaryDirectory() as scratch:
+        started = time.perf_counter()
+        folders: list[str | None] = [scratch]
+        dist.broadcast_object_list(folders, 0)
+        (Path(str(folders[0])) / "checkpoints").mkdir(exist_ok=True)
+        result = measure(plan.model_copy(update={"run_dir": folders[0]}), int(num_steps))
+        result["setup_s"] = time.perf_counter() - started - sum(result["parts_s"].values())
+        if dist.get_rank() == 0:
+            sys.stdout.write(json.dumps(result) + "\n")
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,33 @@
+"""`slipway export`: a run's model folder, from its newest sound checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launcher.cli.arguments import Json, RunFolder
+
+
+def command(
+    run: RunFolder,
+    merge: Annotated[
+        bool | None, typer.Option("--merge/--adapters", help="Fold adapters into the base, or leave them alone")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write, instead of model/ in the run")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a run's model folder again, checked against the trained model."""
+    from launcher.cli import render
+    from launcher.cli.launch import conclude, export
+    from launcher.driver.start import existing_plan
+
+    run_dir = run.expanduser().resolve()
+    plan = existing_plan(run_dir)
+    folder = (out or run_dir / "model").expanduser().resolve()
+    report = export(plan, folder, plan.lifecycle.merge if merge is None else merge)
+    if as_json:
+        render.print_json(report)
+    else:
+        conclude(plan, report)
