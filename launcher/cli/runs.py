@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,7 +21,7 @@ def command(
     from launcher.train.metrics import last_of_each_step
     from launcher.train.verdict import Verdict
 
-    found = []
+    found: list[dict[str, Any]] = []
     for file in sorted(folder.glob("*/plan.json")):
         plan, run_dir = Plan.load(file), file.parent
         steps, evals = last_of_each_step(run_dir), last_of_each_step(run_dir, "eval")
