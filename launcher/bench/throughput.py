@@ -19,7 +19,6 @@ import torch.distributed as dist
 from launcher.checkpoint.save import save
 from launcher.plan.batch import batch_layout
 from launcher.plan.plan import Plan
-from launcher.train.engine import import_deepspeed
 from launcher.train.loop import Parts, Progress, optimizer_step
 from launcher.train.metrics import MetricsLog
 from launcher.train.run import build_parts, use_device
@@ -35,7 +34,6 @@ def measure(plan: Plan, num_steps: int) -> dict[str, Any]:
     Returns medians: tokens_per_s (all ranks), step_s, and seconds of each part of a step; a step's tokens differ
     where rows do, so tokens_per_s is all tokens over all seconds.
     """
-    import_deepspeed()
     device = use_device(plan)
     batch = batch_layout(plan.trajectory.global_batch_size, plan.layout.micro_batch_size, dist.get_world_size())
     parts = build_parts(plan, batch, device, MetricsLog(Path(plan.run_dir), writes=False), attempt=0)

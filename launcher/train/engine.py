@@ -37,6 +37,17 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
+def join_communication() -> Any:
+    """Hand the open process group to DeepSpeed; returns `deepspeed`. Before a model is read under ZeRO-3.
+
+    `zero.Init` cuts parameters by DeepSpeed's own idea of the world, which is one rank until it is told.
+    """
+    deepspeed = import_deepspeed()
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    return deepspeed
+
+
 def optimizer_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: matrices decay, norms and biases (one-dimensional) do not."""
     decayed: list[torch.nn.Parameter] = []
@@ -71,9 +82,7 @@ def build_engine(model: torch.nn.Module, plan: Plan, batch: BatchLayout) -> Any:
 
     Its `module` keeps the model's own parameter names. Collective.
     """
-    deepspeed = import_deepspeed()
-    if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    deepspeed = join_communication()
     config = deepspeed_config(plan.layout, batch, plan.trajectory.dtype, plan.trajectory.optimizer.max_grad_norm)
     optimizer = build_optimizer(optimizer_groups(model, plan.trajectory.optimizer.weight_decay), plan)
     rates = [group["lr"] for group in optimizer.param_groups]

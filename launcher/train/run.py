@@ -23,7 +23,7 @@ from launcher.model.load import load_config, load_model, model_class
 from launcher.plan.batch import BatchLayout, batch_layout
 from launcher.plan.deepspeed import deepspeed_config
 from launcher.plan.plan import Plan
-from launcher.train.engine import build_engine
+from launcher.train.engine import build_engine, join_communication
 from launcher.train.loop import Parts, Progress, train
 from launcher.train.loss import SupervisedLoss
 from launcher.train.metrics import MetricsLog
@@ -80,6 +80,7 @@ def build_parts(plan: Plan, batch: BatchLayout, device: torch.device, metrics: M
     config = load_config(trajectory.model)
     flat = attention.supports_packing(model_class(config), config)
     ds_config = deepspeed_config(plan.layout, batch, trajectory.dtype, trajectory.optimizer.max_grad_norm)
+    join_communication()
     base = load_model(plan, ds_config, device)
     model = apply_method(base, trajectory.method, trajectory.seed)
     if plan.layout.gradient_checkpointing:
