@@ -9,23 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from launcher.checkpoint.durable import sync_folder, write_synced
 from launcher.checkpoint.layout import (
     COMMIT,
     MANIFEST,
-    SHARD_SUFFIX,
     checkpoint_dir,
     checkpoints_dir,
     is_committed,
     staging_dir,
 )
 from launcher.checkpoint.lease import current_attempt
-from launcher.checkpoint.manifest import Manifest, ShardFile, measure_all, verify
+from launcher.checkpoint.manifest import Manifest, ShardFile, verify
 from launcher.checkpoint.retain import remove, sweep_staging
 from launcher.checkpoint.shards import FlatShard, optimizer_step, parameter_shapes, training_state
+from launcher.checkpoint.storage import ShardWriter
 from launcher.checkpoint.together import together
 from launcher.errors import CheckpointError, RunFolderError, SlipwayError
 from launcher.plan.plan import Plan
@@ -65,7 +64,7 @@ def write(
     Needs no engine: shards over copied buffers may be written beside training, on a `group` of their own.
     Raises as `save` does.
     """
-    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    rank = dist.get_rank(group)
     final = checkpoint_dir(run_dir, described.step)
     staging = staging_dir(run_dir, described.step, described.attempt)
     doing = f"checkpoint of step {described.step}"
@@ -77,9 +76,8 @@ def write(
         return final
     try:
         on_rank_0(lambda: _open_staging(run_dir, staging, described.attempt))
-        together(doing, lambda: _write_shards(shards, staging, group), group)
-        measured = together(doing, lambda: _measure_share(staging, rank, world_size), group)
-        files = {name: file for part in measured for name, file in part.items()}
+        written = together(doing, lambda: _write_shards(shards, staging, rank, group), group)
+        files = {name: file for part in written for name, file in part.items()}
         on_rank_0(lambda: _commit(run_dir, staging, final, described.model_copy(update={"files": files})))
     except SlipwayError:
         if rank == 0:
@@ -108,14 +106,12 @@ def _open_staging(run_dir: Path, staging: Path, attempt: int) -> None:
     sync_folder(run_dir)
 
 
-def _write_shards(shards: Mapping[str, FlatShard], staging: Path, group: dist.ProcessGroup | None) -> None:
-    writer = HuggingFaceStorageWriter(str(staging), save_distributed=True)
+def _write_shards(
+    shards: Mapping[str, FlatShard], staging: Path, rank: int, group: dist.ProcessGroup | None
+) -> dict[str, ShardFile]:
+    writer = ShardWriter(staging, rank)
     dcp_save(dict(shards), storage_writer=writer, process_group=group)
-
-
-def _measure_share(staging: Path, rank: int, world_size: int) -> dict[str, ShardFile]:
-    names = sorted(path for path in staging.iterdir() if path.suffix == SHARD_SUFFIX)
-    return measure_all(names[rank::world_size])
+    return writer.written
 
 
 def _commit(run_dir: Path, staging: Path, final: Path, manifest: Manifest) -> None:

@@ -28,7 +28,7 @@ from launcher.plan.plan import (
     SourcePlan,
     Trajectory,
 )
-from launcher.train.engine import build_engine
+from launcher.train.engine import build_engine, optimizer_step
 
 GLOBAL_BATCH, TOKENS, VOCABULARY = 6, 12, 127  # six rows for 1, 2 or 3 ranks; odd sizes, so that partitions cut rows
 
@@ -153,7 +153,7 @@ def tiny_engine(plan: Plan, freeze_first: bool = False) -> Iterator[Any]:
         engine.destroy()
 
 
-def train(engine: Any, first: int, count: int) -> list[float]:
+def train(engine: Any, plan: Plan, first: int, count: int) -> list[float]:
     """Losses of the optimizer steps first .. first + count - 1, each over the same global batch for any world size."""
     losses = []
     for step in range(first, first + count):
@@ -161,7 +161,7 @@ def train(engine: Any, first: int, count: int) -> list[float]:
         mine = rows.chunk(dist.get_world_size())[dist.get_rank()]
         loss = engine(input_ids=mine, labels=mine).loss
         engine.backward(loss)
-        engine.step()
+        optimizer_step(engine, plan)
         total = loss.detach().double()
         dist.all_reduce(total)
         losses.append(total.item() / dist.get_world_size())
