@@ -8,9 +8,9 @@ tensor from where it lies and hashes on the way.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,7 @@ class ShardWriter(StorageWriter):
         if plan.items:
             digest = hashlib.sha256()
             with open(self.path, "wb", buffering=0) as file:
-                for content in itertools.chain(
-                    [_header(plan)], (_content(planner.resolve_data(item)) for item in plan.items)
-                ):
+                for content in _contents(plan, planner):
                     digest.update(content)
                     _write_all(file.fileno(), content)
                 os.fsync(file.fileno())
@@ -91,9 +89,12 @@ def _header(plan: SavePlan) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _content(tensor: Any) -> memoryview:
-    """A tensor's bytes, in place where it is on the CPU."""
-    return memoryview(tensor.detach().cpu().contiguous().numpy()).cast("B")
+def _contents(plan: SavePlan, planner: SavePlanner) -> Iterator[bytes | memoryview]:
+    """What the file is made of; on the CPU each tensor's bytes where they lie, from a GPU one tensor at a time."""
+    yield _header(plan)
+    for item in plan.items:
+        tensor: Any = planner.resolve_data(item)
+        yield memoryview(tensor.detach().cpu().contiguous().numpy()).cast("B")
 
 
 def _write_all(descriptor: int, content: bytes | memoryview) -> None:
