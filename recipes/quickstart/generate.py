@@ -137,11 +137,11 @@ def successors() -> list[Question]:
 
 
 def memberships(rng: random.Random) -> list[Question]:
-    """Every noun with its own category once, and with three others."""
+    """Every noun with its own category, and with one other: as many a yes as a no."""
     questions = []
     for noun, category in CATEGORY_OF.items():
-        wrong = rng.sample([c for c in CATEGORIES if c != category], 3)
-        for asked in (category, *wrong):
+        wrong = rng.choice([c for c in CATEGORIES if c != category])
+        for asked in (category, wrong):
             verdict = "Yes" if asked == category else "No"
             questions.append(Question((a(noun), a(asked)), f"{verdict}, {a(noun)} is {a(category)}."))
     return questions
