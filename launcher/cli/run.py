@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +23,7 @@ def command(
     """Fine-tune as a recipe says and export the model. Ctrl-C saves; `slipway resume` goes on."""
     from launcher.cli.launch import launch
     from launcher.cli.progress import preparing
-    from launcher.driver.start import claimed, create_run_folder, decide, new_run_folder, planned
+    from launcher.driver.start import BaseModelProcess, claimed, create_run_folder, decide, new_run_folder, planned
     from launcher.plan.facts import ClusterFacts
     from launcher.plan.plan import Plan
     from launcher.recipe.load import load
@@ -32,10 +33,12 @@ def command(
     with preparing(render.err()) as report:
         decided = decide(loaded, folder, report)
 
-    def make_plan(cluster: ClusterFacts) -> Plan:
-        plan = planned(decided, cluster)
-        create_run_folder(plan, loaded)
-        return plan
+    with claimed(folder), closing(BaseModelProcess(decided)) as base_model:
 
-    with claimed(folder):
+        def make_plan(cluster: ClusterFacts) -> Plan:
+            plan = planned(decided, cluster)
+            base_model.wait()
+            create_run_folder(plan, loaded)
+            return plan
+
         launch(folder, address, make_plan)

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -169,12 +170,55 @@ def claimed(run_dir: Path) -> Iterator[None]:
         raise
 
 
+class BaseModelProcess:
+    """`launcher.model.ready` in a process of its own: started early, waited for before the first worker."""
+
+    def __init__(self, decided: Decided) -> None:
+        request = {
+            "model": decided.model.model_dump(mode="json"),
+            "tokenizer_folder": str(Path(decided.facts.folder) / "tokenizer"),
+            "seed": decided.loaded.recipe.train.seed,
+            "packing": decided.loaded.recipe.data.packing,
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "launcher.model.ready"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request))
+        self.process.stdin.flush()
+
+    def wait(self) -> None:
+        """Until the model is there.
+
+        Raises:
+            ModelError: as the process said, or with its last line where it ended without a word.
+        """
+        out, err = self.process.communicate()
+        lines = out.splitlines()
+        answer = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {"error": None}
+        if "error" in answer:
+            last = err.strip().splitlines()[-1:] or ["no output"]
+            raise ModelError(
+                answer["error"] or f"the model cannot be made ready: {last[0]}",
+                answer.get("hint") or "check model in the recipe",
+            )
+
+    def close(self) -> None:
+        """Stop it if it still runs."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.communicate()
+
+
 def create_run_folder(plan: Plan, loaded: LoadedRecipe) -> None:
-    """Make the run's folder with recipe.yaml, plan.json and environment.json, and a scratch model's `base/`.
+    """Fill the run's folder: recipe.yaml, environment.json, and plan.json last, which makes it a run.
 
     Raises:
         RunFolderError: it cannot be written, or its disk is full.
-        ModelError: the scratch configuration is wrong.
     """
     run_dir = Path(plan.run_dir)
     with writable(run_dir):
@@ -187,15 +231,6 @@ def create_run_folder(plan: Plan, loaded: LoadedRecipe) -> None:
             )
         (run_dir / "recipe.yaml").write_text(loaded.text, encoding="utf-8")
         (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
-        if plan.trajectory.model.source == "scratch":
-            from launcher.model.scratch import create_scratch
-
-            create_scratch(
-                plan.trajectory.model, Path(plan.data.folder) / "tokenizer", plan.trajectory.seed, run_dir / "base"
-            )
-        from launcher.model.load import check_packing
-
-        check_packing(plan.trajectory.model, plan.trajectory.data.packing)
         plan.save(run_dir / "plan.json")
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from launcher.errors import ModelError
@@ -56,6 +57,7 @@ def create_scratch(model: ModelPlan, tokenizer_folder: Path, seed: int, folder: 
     """
     if folder.is_dir():
         return
+    transformers.utils.logging.disable_progress_bar()
     staging = folder.with_name(f".{folder.name}-{os.getpid()}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
