@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +27,7 @@ def command(
 ) -> None:
     """Measure tokens per second of a recipe's training step on this machine, and where the time goes."""
     from launcher.cli.progress import preparing
-    from launcher.driver.start import create_run_folder, decide, planned
+    from launcher.driver.start import BaseModelProcess, create_run_folder, decide, planned
     from launcher.plan.facts import this_machine
     from launcher.recipe.load import load
 
@@ -35,6 +36,9 @@ def command(
         with preparing(render.err()) as report:
             decided = decide(loaded, Path(scratch) / "run", report)
         plan = planned(decided, this_machine())
+        Path(plan.run_dir).mkdir()
+        with closing(BaseModelProcess(decided)) as base_model:
+            base_model.wait()
         create_run_folder(plan, loaded)
         with render.err().status("measuring"):
             result = run_torchrun(Path(plan.run_dir) / "plan.json", plan.layout.workers, steps)
