@@ -35,12 +35,19 @@ def load_config(model: ModelPlan) -> PretrainedConfig:
         return config
 
 
-def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class that transformers would use for this configuration.
+def model_class(model: ModelPlan, config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that transformers would use for this configuration; of a model with its own code, that code's.
 
     Raises:
         ModelError: it is no causal language model.
     """
+    own_code = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
+    if own_code and model.trust_remote_code:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        with readable_errors(model):
+            own: type[PreTrainedModel] = get_class_from_dynamic_module(own_code, model.path, revision=model.revision)
+            return own
     mapping = AutoModelForCausalLM._model_mapping
     if type(config) not in mapping:
         raise ModelError(
@@ -58,7 +65,7 @@ def check_packing(model: ModelPlan, packing: bool) -> None:
         ModelError: the family does not dispatch its attention through transformers' interface.
     """
     config = load_config(model)
-    if packing and not model.trust_remote_code and not attention.supports_packing(model_class(config), config):
+    if packing and not attention.supports_packing(model_class(model, config), config):
         raise ModelError(
             f"packed documents would see each other: the attention of {config.model_type} cannot be told their borders",
             hint="set data.packing to false",
@@ -84,7 +91,7 @@ def load_model(plan: Plan, deepspeed_config: dict[str, Any], device: torch.devic
         "trust_remote_code": model_plan.trust_remote_code,
         "dtype": dtype,
     }
-    if attention.supports_packing(model_class(config), config):
+    if attention.supports_packing(model_class(model_plan, config), config):
         arguments["attn_implementation"] = attention.NAMES[plan.layout.attention]
     if trajectory.method.kind == "qlora":
         arguments["quantization_config"] = nf4(dtype)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +21,7 @@ from launcher.data.loader import EvalData, TestRows, TrainData
 from launcher.errors import ModelError
 from launcher.model import attention
 from launcher.model.adapters import apply_method, enable_gradient_checkpointing
-from launcher.model.load import load_config, load_model, model_class
+from launcher.model.load import load_model
 from launcher.plan.batch import BatchLayout, batch_layout
 from launcher.plan.deepspeed import deepspeed_config
 from launcher.plan.plan import Plan
@@ -48,11 +50,23 @@ def train_run(plan: Plan, attempt: int) -> Verdict:
         parts = build_parts(plan, batch, device, metrics, attempt)
         progress = resume_point(parts)
         metrics.write(
-            "start", step=progress.step, attempt=attempt, world_size=world_size, micro_steps=batch.num_micro_steps
+            "start",
+            step=progress.step,
+            attempt=attempt,
+            world_size=world_size,
+            micro_steps=batch.num_micro_steps,
+            workers=everybody(),
         )
         return train(parts, progress)
     finally:
         metrics.close()
+
+
+def everybody() -> list[dict[str, Any]]:
+    """Host and process of each rank, in order: for whoever has to look at one. Collective."""
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, {"host": socket.gethostname(), "pid": os.getpid()})
+    return ranks
 
 
 def use_device(plan: Plan) -> torch.device:
@@ -77,8 +91,6 @@ def build_parts(plan: Plan, batch: BatchLayout, device: torch.device, metrics: M
     from launcher.data.template import end_of_turn_id
 
     trajectory, folder = plan.trajectory, Path(plan.data.folder)
-    config = load_config(trajectory.model)
-    flat = attention.supports_packing(model_class(config), config)
     ds_config = deepspeed_config(plan.layout, batch, trajectory.dtype, trajectory.optimizer.max_grad_norm)
     join_communication()
     base = load_model(plan, ds_config, device)
@@ -94,7 +106,7 @@ def build_parts(plan: Plan, batch: BatchLayout, device: torch.device, metrics: M
         plan=plan,
         batch=batch,
         engine=engine,
-        loss=SupervisedLoss(engine, base, flat, device),
+        loss=SupervisedLoss(engine, base, attention.supports_packing(type(base), base.config), device),
         train_data=TrainData(folder, trajectory.global_batch_size, trajectory.seed),
         eval_data=EvalData(folder, plan.lifecycle.eval_max_rows),
         test_rows=TestRows(folder, generate.rows) if generate is not None else None,

@@ -1,0 +1,150 @@
+"""Runs on a real Ray of their own: to the end, through kills, and to every kind of bad end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from launcher.checkpoint.layout import newest_committed, step_of
+from launcher.train.metrics import read
+from tests.cluster.command import Command, losses, workers, write_recipe
+
+pytestmark = pytest.mark.cluster
+NOISE = ("ray", "deepspeed", "warning", "gloo", "torch", "raylet", "transformers]")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    write_recipe(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path) -> tuple[Path, str, str]:
+    """A run to the end, its stdout and its stderr."""
+    run_dir = folder / "uninterrupted"
+    with Command(folder, "run", "tiny.yaml", "--run-dir", run_dir) as command:
+        code, out, err = command.end()
+    assert code == 0, err
+    return run_dir, out, err
+
+
+def test_a_run_ends_with_a_checked_model_and_says_where(uninterrupted: tuple[Path, str, str], folder: Path) -> None:
+    run_dir, out, err = uninterrupted
+    assert (run_dir / "model" / "model.safetensors").exists()
+    assert "checked: plain transformers gives the trained model's logits" in out
+    assert "slipway chat" in out
+    assert len(losses(run_dir)) == 24
+    with Command(folder, "chat", run_dir, "say 3 please", "--max-new-tokens", "5") as chat:
+        code, answer, _ = chat.end()
+    assert code == 0
+    assert answer.strip()
+
+
+def test_the_terminal_shows_the_run_and_nothing_else(uninterrupted: tuple[Path, str, str]) -> None:
+    run_dir, _, err = uninterrupted
+    noisy = [line for line in err.splitlines() if any(word in line.lower().split() for word in NOISE)]
+    assert noisy == []
+    assert "[" not in err, "a library logged to the terminal"
+    assert "tok/s" in err
+    assert (run_dir / "logs" / "worker-1.log").exists()
+
+
+def test_killed_worker_then_killed_tree_then_resume_equals_the_uninterrupted_run(
+    uninterrupted: tuple[Path, str, str], folder: Path
+) -> None:
+    run_dir = folder / "killed"
+    with Command(folder, "run", "tiny.yaml", "--run-dir", run_dir) as command:
+        command.wait_for("step 7:")
+        os.kill(workers(run_dir)[1], signal.SIGKILL)
+        command.wait_for("going on from the checkpoint of step 5")
+        command.wait_for("step 13:")
+        command.kill_tree()
+    assert step_of(newest_committed(run_dir) or Path()) == 10
+    with Command(folder, "resume", run_dir) as command:
+        code, _, err = command.end()
+    assert code == 0, err
+    assert "going on from the checkpoint of step 10" in err
+    assert losses(run_dir) == losses(uninterrupted[0])
+
+
+def test_ctrl_c_saves_and_exits_130_and_a_longer_run_goes_on(folder: Path) -> None:
+    run_dir = folder / "interrupted"
+    with Command(folder, "run", "tiny.yaml", "--run-dir", run_dir, "checkpoint.every_steps=1000") as command:
+        command.wait_for("step 3:")
+        os.killpg(command.process.pid, signal.SIGINT)  # a terminal sends it to the whole group
+        code, _, err = command.end()
+    assert code == 130, err
+    assert "hint: slipway resume" in err
+    saved = newest_committed(run_dir)
+    assert saved is not None
+    assert 3 <= step_of(saved) < 24
+    with Command(folder, "resume", run_dir, "optimizer.lr=1") as command:
+        code, _, err = command.end()
+    assert code == 2
+    assert "optimizer.lr: cannot change in a run already begun" in err
+    assert "start a new run from this model" in err
+
+
+def test_a_worker_that_raises_is_named_first_and_restarts_are_bounded(folder: Path) -> None:
+    """The model's own code raises on rank 1, as a bug in a user's modelling file would."""
+    model, run_dir = folder / "boom", folder / "raises"
+    write_raising_model(model)
+    arguments = [f"model={{path: {model}, trust_remote_code: true, tokenizer: {folder / 'uninterrupted' / 'model'}}}"]
+    arguments += ["parallel.zero=0", "cluster.max_failures=1", "evaluate.every_steps=1000"]
+    with Command(folder, "run", "tiny.yaml", *arguments, "--run-dir", run_dir) as command:
+        code, out, err = command.end()
+    assert code == 1, err
+    errors = err[err.index("error:") :].splitlines()
+    assert errors[0].startswith("error: rank 1 on ")
+    assert errors[0].endswith("ValueError: boom on rank 1")
+    assert errors[1] == "the run was restarted 1 times from its last checkpoint before giving up"
+    assert "Traceback" in "\n".join(errors[2:])  # the rank's own last lines, not ours
+    assert len([record for record in read(run_dir) if record["kind"] == "start"]) == 2
+
+
+def write_raising_model(folder: Path) -> None:
+    """A model folder with code of its own, which fails on rank 1."""
+    folder.mkdir()
+    (folder / "modeling_boom.py").write_text(
+        "import torch.distributed as dist\n"
+        "from transformers import LlamaForCausalLM\n"
+        "class BoomForCausalLM(LlamaForCausalLM):\n"
+        "    def forward(self, *args, **kwargs):\n"
+        "        if dist.is_initialized() and dist.get_rank() == 1:\n"
+        "            raise ValueError('boom on rank 1')\n"
+        "        return super().forward(*args, **kwargs)\n"
+    )
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=320
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["auto_map"] = {"AutoModelForCausalLM": "modeling_boom.BoomForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(settings))
+
+
+def test_a_killed_worker_with_no_failures_left_is_the_root_cause(folder: Path) -> None:
+    run_dir = folder / "no-failures-left"
+    with Command(folder, "run", "tiny.yaml", "cluster.max_failures=0", "--run-dir", run_dir) as command:
+        command.wait_for("step 2:")
+        os.kill(workers(run_dir)[1], signal.SIGKILL)
+        code, _, err = command.end()
+    assert code == 1, err
+    assert "error: rank 1 failed: the process died" in err
+
+
+def test_more_workers_than_the_cluster_holds_says_what_it_has(folder: Path) -> None:
+    with Command(folder, "run", "tiny.yaml", "cluster.workers=64", "--run-dir", folder / "many") as command:
+        code, _, err = command.end()
+    assert code == 2
+    assert "the run needs 64 workers of 1 CPUs; the cluster has room for" in err
+    assert "hint: set cluster.workers to at most" in err
+    assert not (folder / "many").exists()
