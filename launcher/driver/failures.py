@@ -84,7 +84,8 @@ def describe(cause: Failure, run_dir: Path, attempts: int) -> str:
     where = f" on {cause.host}" if cause.host else ""
     text = f"rank {cause.rank}{where} failed: {cause.message}"
     if attempts:
-        text += f"\nthe run was restarted {attempts} times from its last checkpoint before giving up"
+        times = "once" if attempts == 1 else f"{attempts} times"
+        text += f"\nthe run was restarted {times} from its last checkpoint before giving up"
     log = run_dir / "logs" / f"worker-{cause.rank}.log"
     if log.exists():
         last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]

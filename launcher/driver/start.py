@@ -157,15 +157,22 @@ def model_settings(model: ModelPlan) -> dict[str, Any]:
 def claimed(run_dir: Path) -> Iterator[None]:
     """Make a new run's folder, and take it away again if the block fails before there is a run in it.
 
+    A folder that was there already is left: it may be another launcher's, about to begin.
+
     Raises:
         RunFolderError: it cannot be made.
     """
     with writable(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            run_dir.mkdir()
+            ours = True
+        except FileExistsError:
+            ours = False
     try:
         yield
     except BaseException:
-        if not (run_dir / "plan.json").exists():
+        if ours and not (run_dir / "plan.json").exists():
             shutil.rmtree(run_dir, ignore_errors=True)
         raise
 

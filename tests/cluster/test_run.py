@@ -103,8 +103,10 @@ def test_a_worker_that_raises_is_named_first_and_restarts_are_bounded(folder: Pa
     errors = err[err.index("error:") :].splitlines()
     assert errors[0].startswith("error: rank 1 on ")
     assert errors[0].endswith("ValueError: boom on rank 1")
-    assert errors[1] == "the run was restarted 1 times from its last checkpoint before giving up"
-    assert "Traceback" in "\n".join(errors[2:])  # the rank's own last lines, not ours
+    assert errors[1] == "the run was restarted once from its last checkpoint before giving up"
+    assert errors[2].startswith("last lines of ")
+    assert errors[2].endswith("worker-1.log:")
+    assert "ValueError: boom on rank 1" in "\n".join(errors[3:])
     assert len([record for record in read(run_dir) if record["kind"] == "start"]) == 2
 
 

@@ -1,0 +1,123 @@
+"""What a user can get wrong in `slipway run`: each has a message, a hint and exit code 2, and leaves no folder behind.
+
+Mistakes in the recipe itself are in test_recipe_errors.py, too many workers in tests/cluster.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launcher.checkpoint.lease import acquire
+from launcher.cli.app import main
+
+SCRATCH = (
+    "{model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2, "
+    "vocab_size: 300}"
+)
+GOOD = {"instruction": "say yes", "output": "yes"}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "x.yaml").write_text(f"model: {{scratch: {SCRATCH}}}\ndata:\n  train: [{{path: rows.jsonl}}]\n")
+    write_rows(tmp_path, GOOD)
+    return tmp_path
+
+
+def write_rows(folder: Path, *rows: object) -> None:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / "rows.jsonl").write_text("".join(line + "\n" for line in lines))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    """The lines on stderr of a command that must exit 2 without a traceback, with a hint, and with nothing on stdout."""
+    assert main(list(arguments)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    assert "hint: " in err
+    return err.splitlines()
+
+
+def test_a_data_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = refused(capsys, "run", "x.yaml", "data.train.0.path=nowhere.jsonl")
+    assert lines[0] == "error: command line: data.train.0.path: nowhere.jsonl does not exist"
+    lines = refused(capsys, "run", "x.yaml", "data.train.0.path=null", "data.train=[{path: gone.jsonl}]")
+    assert lines[0] == "error: command line: data.train.0.path: gone.jsonl does not exist"
+    assert not Path("runs").exists()
+
+
+def test_empty_data(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(folder)
+    assert "rows.jsonl" in refused(capsys, "run", "x.yaml")[0]
+
+
+def test_a_row_that_is_no_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(folder, GOOD, "{not json", GOOD)
+    assert f"{folder}/rows.jsonl:2: " in refused(capsys, "run", "x.yaml")[0]
+
+
+def test_a_row_with_no_assistant_turn(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(folder, {"messages": [{"role": "user", "content": "hello?"}]})
+    line = refused(capsys, "run", "x.yaml")[0]
+    assert f"{folder}/rows.jsonl:1: " in line
+    assert "assistant" in line
+
+
+def test_all_rows_too_long(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, "run", "x.yaml", "data.max_length=3")[0]
+    assert "too long" in line or "max_length" in line
+
+
+def test_a_model_folder_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = refused(capsys, "run", "x.yaml", "model.scratch=null", "model.path=./no/such/model")
+    assert lines[0] == "error: command line: model.path: model folder ./no/such/model does not exist"
+    assert "no such model" in refused(capsys, "run", "x.yaml", "model={path: no-such-model}")[0].replace("-", " ")
+
+
+def test_a_model_folder_without_a_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "empty").mkdir()
+    assert "has no config.json" in refused(capsys, "run", "x.yaml", "model={path: ./empty}")[0]
+
+
+def test_a_second_launcher_on_the_same_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = folder / "taken"
+    run_dir.mkdir()
+    with acquire(run_dir):
+        lines = refused(capsys, "run", "x.yaml", "--run-dir", str(run_dir))
+    assert "pid" in lines[0]
+    assert run_dir.exists(), "the folder belongs to the first"
+
+
+def test_a_folder_that_holds_a_run_already(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "old").mkdir()
+    (folder / "old" / "plan.json").write_text("{}")
+    assert "already holds a run" in refused(capsys, "run", "x.yaml", "--run-dir", "old")[0]
+
+
+def test_resume_without_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "holds no run" in refused(capsys, "resume", "nothing-here")[0]
+
+
+def test_no_space_in_the_runs_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A real file system of 1 MiB that is full, not a pretended one."""
+    small = folder / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        with (small / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space left"):
+            while True:
+                filler.write(b"0" * 4096)
+        lines = refused(capsys, "run", "x.yaml", "--run-dir", str(small / "run"))
+        assert "o space left" in lines[0] or "cannot write" in lines[0] or "cannot be written" in lines[0]
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
