@@ -6,11 +6,14 @@ group of its own without Ray: placement is not what is measured. Prints one JSON
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,39 +31,66 @@ from launcher.train.throughput import PARTS, Stopwatch, memory_bytes
 WARMUP_STEPS = 3
 
 
+@dataclass(frozen=True)
+class StepTime:
+    """One optimizer step as this rank saw it."""
+
+    seconds: dict[str, float]
+    """By part, with `total` the wall clock."""
+    cpu_s: float
+    """Processor time of this process, all threads: beside the wall clock it tells a busy machine from a slow step."""
+    tokens: int
+    """Of the global batch."""
+    supervised_tokens: int
+    loss: float
+
+
+def bench_parts(plan: Plan) -> Parts:
+    """Model, engine and data of a run that writes no metrics. Collective."""
+    device = use_device(plan)
+    batch = batch_layout(plan.trajectory.global_batch_size, plan.layout.micro_batch_size, dist.get_world_size())
+    parts = build_parts(plan, batch, device, MetricsLog(Path(plan.run_dir), writes=False), attempt=0)
+    # A watch that waits for the device after each part, so that a part is charged with its own time.
+    return replace(parts, watch=Stopwatch(device, synchronize=True))
+
+
+def timed_steps(parts: Parts) -> Iterator[StepTime]:
+    """Optimizer steps without end, each taken and timed when it is asked for. Collective."""
+    plan = parts.plan
+    for step in itertools.count():
+        parts.watch.lap()
+        cpu_s = time.process_time()
+        global_batch = parts.train_data.global_batch(step)
+        rate = plan.trajectory.optimizer.lr * lr_factor(plan.trajectory.schedule, step, plan.lifecycle.total_steps)
+        result = optimizer_step(parts, step, global_batch.supervised_tokens, rate)
+        seconds = parts.watch.lap()
+        yield StepTime(
+            seconds, time.process_time() - cpu_s, global_batch.tokens, global_batch.supervised_tokens, result.loss
+        )
+
+
 def measure(plan: Plan, num_steps: int) -> dict[str, Any]:
     """Run `num_steps` optimizer steps after a few to warm up, and one checkpoint. Collective.
 
     Returns medians: tokens_per_s (all ranks), step_s, and seconds of each part of a step; a step's tokens differ
     where rows do, so tokens_per_s is all tokens over all seconds.
     """
-    device = use_device(plan)
-    batch = batch_layout(plan.trajectory.global_batch_size, plan.layout.micro_batch_size, dist.get_world_size())
-    parts = build_parts(plan, batch, device, MetricsLog(Path(plan.run_dir), writes=False), attempt=0)
-    # A watch that waits for the device after each part, so that a part is charged with its own time.
-    parts = Parts(**{**vars(parts), "watch": Stopwatch(device, synchronize=True)})
-    laps, tokens, losses = [], 0, []
-    for step in range(WARMUP_STEPS + num_steps):
-        if step == WARMUP_STEPS:
-            parts.watch.lap()
-        global_batch = parts.train_data.global_batch(step)
-        rate = plan.trajectory.optimizer.lr * lr_factor(plan.trajectory.schedule, step, plan.lifecycle.total_steps)
-        result = optimizer_step(parts, step, global_batch.supervised_tokens, rate)
-        losses.append(result.loss)
-        if step >= WARMUP_STEPS:
-            laps.append(parts.watch.lap())
-            tokens += global_batch.tokens
+    parts = bench_parts(plan)
+    steps = list(itertools.islice(timed_steps(parts), WARMUP_STEPS + num_steps))
+    timed = steps[WARMUP_STEPS:]
     with parts.watch.part("checkpoint"):
         save(Path(plan.run_dir), num_steps, 0, parts.engine, Progress(step=num_steps).as_dict(), plan)
-    parts_s = {name: statistics.median(lap.get(name, 0.0) for lap in laps) for name in PARTS[:4]}
+    parts_s = {name: statistics.median(step.seconds.get(name, 0.0) for step in timed) for name in PARTS[:4]}
+    tokens = sum(step.tokens for step in timed)
     return {
-        "tokens_per_s": tokens / sum(lap["total"] for lap in laps),
-        "step_s": statistics.median(lap["total"] for lap in laps),
+        "tokens_per_s": tokens / sum(step.seconds["total"] for step in timed),
+        "step_s": statistics.median(step.seconds["total"] for step in timed),
+        "cpu_s": statistics.median(step.cpu_s for step in timed),
         "parts_s": parts_s | {"checkpoint": parts.watch.lap()["checkpoint"]},
         "tokens": tokens,
         "steps": num_steps,
-        "memory_bytes": memory_bytes(device),
-        "losses": losses,
+        "memory_bytes": memory_bytes(parts.device),
+        "losses": [step.loss for step in steps],
     }
 
 

@@ -1,0 +1,186 @@
+"""Whole runs, small enough for a dozen in one process: prepared data, a scratch model, and `train_run` on every rank."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from launcher.data.prepare import prepare
+from launcher.model.scratch import create_scratch
+from launcher.plan.plan import (
+    DataPlan,
+    LayoutPlan,
+    Lifecycle,
+    MethodPlan,
+    ModelPlan,
+    OptimizerPlan,
+    Plan,
+    SchedulePlan,
+    SourcePlan,
+    Trajectory,
+)
+from launcher.train.metrics import last_of_each_step
+from launcher.train.verdict import Verdict
+from tests.distributed.tiny import quiet
+
+STEPS = 20
+GLOBAL_BATCH = 6
+WORDS = "river stone cloud seven amber light north garden winter paper silver echo".split()
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "vocab_size": 300,
+}
+FULL = MethodPlan(kind="full", rank=None, alpha=None, dropout=None, targets=None, train_last_layers=None)
+FREEZE = FULL.model_copy(update={"kind": "freeze", "train_last_layers": 1})
+LORA = MethodPlan(kind="lora", rank=4, alpha=64.0, dropout=0.0, targets="all-linear", train_last_layers=None)
+QLORA = LORA.model_copy(update={"kind": "qlora"})
+METHODS = {"full": FULL, "freeze": FREEZE, "lora": LORA, "qlora": QLORA}
+
+
+def conversations(count: int) -> list[dict[str, Any]]:
+    """One or two turns each; every third answers with a single word, the others with up to forty: the mean of a row's
+    tokens says little about the mean over all of them."""
+    draw = random.Random(5)
+    rows = []
+    for i in range(count):
+        messages = []
+        for turn in range(1 + i % 2):
+            length = 1 if i % 3 == 0 else draw.randint(8, 40)
+            messages += [
+                {"role": "user", "content": f"Say {length} of {draw.choice(WORDS)}, part {turn}"},
+                {"role": "assistant", "content": " ".join(draw.choices(WORDS, k=length))},
+            ]
+        rows.append({"messages": messages})
+    return rows
+
+
+def tiny_run(root: Path, *, packing: bool = False, **scratch: Any) -> Plan:
+    """A Plan whose data and scratch model lie ready in `root`; `scratch` changes the model's configuration."""
+    root.mkdir(parents=True, exist_ok=True)
+    rows = root / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in conversations(60)), encoding="utf-8")
+    model = ModelPlan(
+        source="scratch",
+        path=str(root / "base"),
+        revision=None,
+        scratch=LLAMA | scratch,
+        tokenizer=None,
+        chat_template=None,
+        trust_remote_code=False,
+    )
+    data = DataPlan(
+        train=(SourcePlan(path=str(rows), format="messages", split=None, limit=None),),
+        eval_split=0.15,
+        eval=(),
+        test=(),
+        max_length=256,
+        packing=packing,
+        too_long="stop",
+        on_bad_row="stop",
+        supervise="all",
+    )
+    facts = prepare(model, data, seed=3, cache_dir=root / "prepared")
+    create_scratch(model, Path(facts.folder) / "tokenizer", 3, root / "base")
+    return Plan(
+        name="tiny",
+        run_dir=str(root / "run"),
+        version="0",
+        recipe_hash="",
+        trajectory=Trajectory(
+            model=model,
+            method=FULL,
+            data=data,
+            data_content_hash=facts.content_hash,
+            seed=3,
+            dtype="fp32",
+            global_batch_size=GLOBAL_BATCH,
+            optimizer=OptimizerPlan(
+                name="adamw", lr=2e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0
+            ),
+            schedule=SchedulePlan(kind="cosine", warmup=3, min_lr_ratio=0.1),
+        ),
+        layout=LayoutPlan(
+            workers=1,
+            device="cpu",
+            cpus_per_worker=1,
+            zero=0,
+            offload=False,
+            micro_batch_size=GLOBAL_BATCH,
+            gradient_checkpointing=False,
+            attention="sdpa",
+        ),
+        lifecycle=Lifecycle(
+            epochs=None,
+            max_steps=STEPS,
+            total_steps=STEPS,
+            max_time_s=None,
+            eval_every_steps=STEPS,
+            eval_max_rows=None,
+            generate=None,
+            checkpoint_every_steps=STEPS,
+            keep_last=2,
+            keep_best=0,
+            log_every_steps=1,
+            max_failures=0,
+            export=False,
+            merge=False,
+            max_shard_size="5GB",
+        ),
+        data=facts,
+        origins={},
+    )
+
+
+def variant(plan: Plan, name: str, **changes: Any) -> Plan:
+    """`plan` in a folder of its own, `changes` going to whichever part of it has the field."""
+    parts = {}
+    for part in ("trajectory", "layout", "lifecycle"):
+        fields = getattr(plan, part)
+        mine = {key: changes.pop(key) for key in list(changes) if key in type(fields).model_fields}
+        parts[part] = fields.model_copy(update=mine)
+    assert not changes, f"no part of a Plan has {sorted(changes)}"
+    return plan.model_copy(update=parts | {"run_dir": str(Path(plan.run_dir).parent / name)})
+
+
+def open_folder(plan: Plan) -> None:
+    """The run's folder as a launcher leaves it to the workers. Collective."""
+    if dist.get_rank() == 0:
+        Path(plan.run_dir).mkdir(exist_ok=True)
+        (Path(plan.run_dir) / "recipe.yaml").write_text("name: tiny\n", encoding="utf-8")
+    dist.barrier()
+
+
+def train_all(plans: Sequence[Plan]) -> list[Verdict]:
+    """Each plan from its newest checkpoint to its end, on the ranks of the open group; all is in the runs' folders."""
+    # Six seconds of imports (peft, DeepSpeed): once a process, and not before they are needed.
+    from launcher.train.run import train_run
+
+    quiet()
+    verdicts = []
+    for plan in plans:
+        open_folder(plan)
+        verdicts.append(train_run(plan, attempt=0))
+    return verdicts
+
+
+def curve(plan: Plan, figure: str = "loss") -> list[float]:
+    """One figure of every step of a run, from its metrics.jsonl."""
+    steps = last_of_each_step(Path(plan.run_dir))
+    return [steps[step][figure] for step in sorted(steps)]
+
+
+def worst(found: list[float], expected: list[float]) -> float:
+    """The largest relative difference of two curves."""
+    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
