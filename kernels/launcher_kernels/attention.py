@@ -73,7 +73,7 @@ def _one_document(
     attended = F.scaled_dot_product_attention(
         query[None], key[None], value[None], attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale
     )
-    return attended[0]
+    return attended.squeeze(0)
 
 
 def causal_mask(length: int, sliding_window: int | None, device: torch.device) -> Tensor:

@@ -74,10 +74,12 @@ def _dispatch(documents_forward: Any) -> Any:
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
             )
             return attended, None
+        # Not query[0]: the backward of an index writes a tensor of zeros to put its gradient into.
+        query, key, value = (x.squeeze(0) for x in (query, key, value))
         attended = documents_forward(
-            query[0], key[0], value[0], attention_mask[0, 0], dropout, scaling, sliding_window, softcap
+            query, key, value, attention_mask[0, 0], dropout, scaling, sliding_window, softcap
         )
-        return attended[None], None
+        return attended.unsqueeze(0), None
 
     return forward
 

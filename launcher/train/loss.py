@@ -51,7 +51,7 @@ class SupervisedLoss:
             use_cache=False,
             **keep,
         )
-        logits: Tensor = output.logits[0]
+        logits: Tensor = output.logits.squeeze(0)
         return logits if self.head_takes_index else logits[index_S]
 
     def _padded_logits(self, batch: MicroBatch, index_S: Tensor) -> Tensor:
