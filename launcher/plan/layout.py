@@ -127,5 +127,8 @@ def _zero(recipe: Recipe, workers: int, dtype: Dtype, parameters: int, reasons: 
     if workers > 1 or dtype == "bf16":
         reasons["parallel.zero"] = "spreads the optimizer's state and accumulates gradients in fp32"
         return 1
+    if recipe.parallel.offload == "cpu":
+        reasons["parallel.zero"] = "the lowest stage that can offload"
+        return 1
     reasons["parallel.zero"] = "one rank has nothing to spread"
     return 0
