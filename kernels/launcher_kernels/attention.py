@@ -40,6 +40,10 @@ def packed_attention(
 
     On an accelerator reading `cu_seqlens` waits for the device once a call; the varlen kernels do not.
     """
+    dtype = query.dtype
+    if query.device.type == "cpu" and dtype == torch.bfloat16:
+        # The backward of the CPU's flash kernel is 1.5 times as fast in fp32 as in bf16, and closer.
+        query, key, value = query.float(), key.float(), value.float()
     num_groups = query.shape[0] // key.shape[0]
     if num_groups > 1:
         key, value = (x.repeat_interleave(num_groups, dim=0) for x in (key, value))
@@ -48,7 +52,7 @@ def packed_attention(
     # One split each, not a slice a document: the backward of a slice writes a whole [H, T, d] of zeros.
     documents = zip(*(x.split(lengths, dim=1) for x in (query, key, value)), strict=True)
     attended = [_one_document(q, k, v, scale, sliding_window, softcap, dropout) for q, k, v in documents]
-    return torch.cat(attended, dim=1)
+    return torch.cat(attended, dim=1).to(dtype)
 
 
 def _one_document(
