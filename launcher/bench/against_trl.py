@@ -137,7 +137,7 @@ class Contender:
 def compare(plan_file: Path, dtype: str, trl_dtype: str, warmup: int, rounds: int) -> list[dict[str, Any]]:
     """Steps of all three in turn; each round begins with another one."""
     plan = Plan.load(plan_file)
-    results = []
+    results: list[dict[str, Any]] = []
     contenders: list[Contender] = []
     try:
         for kind in KINDS:

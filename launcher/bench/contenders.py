@@ -44,11 +44,12 @@ class Starter:
 def slipway(plan: Plan, starter: Starter) -> None:
     """Our own step, exactly as `slipway bench` takes it."""
     import torch.distributed as dist
+    from torch._C._distributed_c10d import HashStore
 
     from launcher.bench.throughput import bench_parts, timed_steps
 
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     parts = bench_parts(plan)
     said: dict[str, Any] = {
         "parameters": sum(parameter.numel() for parameter in parts.engine.module.parameters()),
@@ -104,7 +105,7 @@ def trl(plan: Plan, starter: Starter, leaking: bool, dtype: str) -> None:
     )
     sizes: deque[dict[str, int]] = deque()
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):
         """Waits outside the step, times inside: forward, backward, clipping and the optimizer, not the data."""
 
         said: dict[str, Any]

@@ -76,9 +76,7 @@ def _dispatch(documents_forward: Any) -> Any:
             return attended, None
         # Not query[0]: the backward of an index writes a tensor of zeros to put its gradient into.
         query, key, value = (x.squeeze(0) for x in (query, key, value))
-        attended = documents_forward(
-            query, key, value, attention_mask[0, 0], dropout, scaling, sliding_window, softcap
-        )
+        attended = documents_forward(query, key, value, attention_mask[0, 0], dropout, scaling, sliding_window, softcap)
         return attended.unsqueeze(0), None
 
     return forward
