@@ -14,6 +14,7 @@ from launcher.checkpoint.load import load_weights
 from launcher.errors import CheckpointError, ModelError
 from launcher.model.adapters import apply_method
 from launcher.model.load import DTYPES, load_config, nf4, readable_errors
+from launcher.model.nf4 import train_through_zero
 from launcher.plan.plan import Plan
 
 
@@ -39,6 +40,9 @@ def trained_model(plan: Plan, checkpoint: Path) -> nn.Module:
             trust_remote_code=trajectory.model.trust_remote_code,
             **arguments,
         )
+    # Also without ZeRO: bitsandbytes' own layer repacks its bytes when it is evaluated, and what is dequantized from
+    # them afterwards, to merge, is noise (CPUs with AVX512-BF16).
+    train_through_zero(base)
     model = apply_method(base, trajectory.method, trajectory.seed)
     fill(model, load_weights(checkpoint), checkpoint)
     return model.eval()
@@ -86,18 +90,21 @@ def merged_model(plan: Plan, adapted: nn.Module) -> nn.Module:
     if not hasattr(merge, "merge_and_unload"):
         raise ModelError("there are no adapters to merge", hint="leave out --merge")
     if plan.trajectory.method.kind == "qlora":
-        merge.get_base_model().dequantize(dtype=DTYPES[plan.trajectory.dtype])
-        attach_dequantized(merge)
+        merge = with_plain_base(plan, merge)
     merged: nn.Module = merge.merge_and_unload()
     return merged
 
 
-def attach_dequantized(adapted: nn.Module) -> None:
-    """Leave peft's adapter layers usable after their 4-bit base layer was replaced by a plain one."""
-    for module in adapted.modules():
-        base = getattr(module, "base_layer", None)
-        if isinstance(base, nn.Linear):
-            base.requires_grad_(False)
+def with_plain_base(plan: Plan, adapted: Any) -> Any:
+    """The same adapters over the dequantized base.
+
+    They are taken off and put on again: peft's 4-bit adapter layers would merge by quantizing the sum once more.
+    """
+    trained = {name: parameter.detach() for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    base = adapted.unload().dequantize(dtype=DTYPES[plan.trajectory.dtype])
+    plain = apply_method(base, plan.trajectory.method, plan.trajectory.seed)
+    plain.load_state_dict(trained, strict=False)
+    return plain.eval()
 
 
 def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
