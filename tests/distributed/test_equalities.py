@@ -6,6 +6,7 @@ The tests compare what the runs wrote down.
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from tests.distributed.group import run_group
 from tests.distributed.runs import (
     FREEZE,
     LORA,
+    METHODS,
     QLORA,
     STEPS,
     curve,
@@ -42,8 +44,8 @@ from tests.distributed.tiny import quiet
 pytestmark = pytest.mark.distributed
 
 FP32, BF16, BF16_STAGE_0 = 1e-5, 1e-3, 1e-2  # the design's tolerances of a relative loss
-BF16_NORM = 2e-2
-"""Of a gradient norm in bf16, which the design does not bound: one rounding of a gradient is 2^-8 = 4e-3."""
+BF16_NORM = 5e-2
+"""Of a gradient norm in bf16, which the design does not bound: one rounding of a gradient is 2^-8 = 4e-3; 20 steps add up."""
 RESUMED_AT = 10
 
 Adapters = dict[str, Tensor]
@@ -105,9 +107,7 @@ def two_rank_plans(base: Plan) -> dict[str, Plan]:
         "qlora zero 2": variant(two, "2-qlora-2", method=QLORA, zero=2),
         "qlora zero 3": variant(two, "2-qlora-3", method=QLORA, zero=3),
         "qlora bf16 zero 3": variant(two, "2-qlora-bf16-3", method=QLORA, dtype="bf16", zero=3),
-        "qlora bf16 zero 3 evaluated": variant(
-            two, "2-qlora-bf16-3-eval", method=QLORA, dtype="bf16", zero=3, **often
-        ),
+        "qlora bf16 zero 3 evaluated": variant(two, "2-qlora-bf16-3-eval", method=QLORA, dtype="bf16", zero=3, **often),
     }
 
 
@@ -174,20 +174,24 @@ def runs(base: Plan) -> Runs:
 
 def test_e1_the_loss_is_the_mean_over_the_global_batchs_tokens(runs: Runs) -> None:
     plan = runs.plans["full"]
-    loss = SupervisedLoss(*[trained_model(plan, checkpoint_dir(Path(plan.run_dir), STEPS))] * 2, False, torch.device("cpu"))
+    model = trained_model(plan, checkpoint_dir(Path(plan.run_dir), STEPS))
+    loss = SupervisedLoss(model, model, False, torch.device("cpu"))
     data = TrainData(plan.data.folder, plan.trajectory.global_batch_size, plan.trajectory.seed)
-    differences = []
-    for step in range(STEPS // 4):
-        sums, counts = [], []
+    errors = []
+    for step in range(5):
+        sums: list[float] = []
+        counts: list[int] = []
         for row in data.micro_batches(step, BatchLayout(1, 1, plan.trajectory.global_batch_size), 0):
             with torch.no_grad():
                 sums.append(loss(row)[0].item())
             counts.append(len(row.targets))
         assert max(counts) > 5 * min(counts)
         mean = sum(sums) / sum(counts)
-        differences.append(abs(sum(map(float.__truediv__, sums, map(float, counts))) / len(sums) - mean) / mean)
+        mean_of_means = sum(total / count for total, count in zip(sums, counts, strict=True)) / len(sums)
+        errors.append(abs(mean_of_means - mean) / mean)
+    print("a mean of means would be off by", errors)
     # The mistake that this equality is about would be seen, by far, at every step.
-    assert min(differences) > 100 * FP32, differences
+    assert min(errors) > 100 * FP32, errors
 
 
 def test_e1_accumulation_and_ranks_change_nothing(runs: Runs) -> None:
@@ -205,7 +209,7 @@ def test_e1_every_run_learned_from_the_same_rows_at_the_same_rate(runs: Runs) ->
         reference = runs.plans["full of 5" if "of 5" in name else "full"]
         for figure in ("rows", "lr", "tokens", "supervised_tokens", "epoch"):
             assert curve(plan, figure) == curve(reference, figure), (name, figure)
-        assert curve(plan)[-1] < 0.9 * curve(plan)[0], name
+        assert curve(plan)[-1] < 0.95 * curve(plan)[0], name
 
 
 def test_e2_zero_stages_and_offload_change_nothing(runs: Runs) -> None:
@@ -262,19 +266,19 @@ def test_e6_the_saved_adapter_is_whole(runs: Runs, tmp_path: Path) -> None:
         assert torch.equal(masters[name], tensor), name
 
 
-def test_e4_resumed_is_uninterrupted(runs: Runs, base: Plan) -> None:
+def test_e4_resumed_is_uninterrupted(runs: Runs) -> None:
     """In fresh processes, through `train_run`: after a stop at step 1, and from a checkpoint in the middle."""
     stopped = lora_stopped(runs.plans)
     forget(Path(stopped.run_dir))
-    resumed = {stopped: "lora dropout"}
+    resumed = [(stopped, "lora dropout")]
     for name in ("lora dropout", "qlora dropout"):
         plan = variant(runs.plans[name], f"{Path(runs.plans[name].run_dir).name}-resumed")
         middle = checkpoint_dir(Path(runs.plans[name].run_dir), RESUMED_AT)
         shutil.copytree(middle, checkpoint_dir(Path(plan.run_dir), RESUMED_AT))
-        resumed[plan] = name
-    verdicts = run_group(2, train_all, list(resumed))[0]
+        resumed.append((plan, name))
+    verdicts = run_group(2, train_all, [plan for plan, _ in resumed], timeout_s=600)[0]
     assert [verdict.kind for verdict in verdicts] == ["finished"] * 3
-    for plan, name in resumed.items():
+    for plan, name in resumed:
         found, expected = (last_of_each_step(Path(p.run_dir)) for p in (plan, runs.plans[name]))
         assert len(found) == (STEPS if plan is stopped else STEPS - RESUMED_AT)
         for step, line in found.items():
@@ -284,3 +288,54 @@ def test_e4_resumed_is_uninterrupted(runs: Runs, base: Plan) -> None:
         assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[1])
     # Dropout was on: without it the losses are others.
     assert worst(curve(runs.plans["lora dropout"]), curve(runs.plans["lora"])) > 100 * FP32
+
+
+@pytest.fixture(scope="module")
+def references(base: Plan) -> Runs:
+    """Every method in both dtypes, alone in one process."""
+    cases = itertools.product(METHODS, (("fp32", 0), ("bf16", 1)))
+    plans = {
+        f"{kind} {dtype}": variant(base, f"{kind}-{dtype}-alone", method=METHODS[kind], dtype=dtype, zero=zero)
+        for kind, (dtype, zero) in cases
+    }
+    run_group(1, train_all, list(plans.values()), timeout_s=600)
+    return Runs(plans, {})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_method_at_every_stage_on_any_ranks(references: Runs, base: Plan, world_size: int) -> None:
+    """E1, E2 and E6 in full: 38 runs for each number of ranks."""
+    plans: dict[str, Plan] = {}
+    tolerances = {}
+    for kind, dtype, zero, offload in itertools.product(METHODS, ("fp32", "bf16"), range(4), (False, True)):
+        if offload and (kind != "full" or zero == 0):
+            continue
+        name = f"{kind} {dtype} zero {zero}{' offloaded' if offload else ''} on {world_size}"
+        layout = {"zero": zero, "offload": offload, "workers": world_size}
+        # Slots of 4 and 2 on one rank, of 4 2 on two, of 1 on three: full, short and (in the next test) empty ones.
+        plans[name] = variant(
+            base,
+            name.replace(" ", "-"),
+            method=METHODS[kind],
+            dtype=dtype,
+            micro_batch_size=1 if world_size == 3 else 4,
+            **layout,
+        )
+        fp32, bf16 = (FP32, FP32), (BF16 if zero else BF16_STAGE_0, BF16_NORM)
+        tolerances[name] = f"{kind} {dtype}", *(fp32 if dtype == "fp32" else bf16)
+    run_group(world_size, train_all, list(plans.values()), timeout_s=1200)
+    both = Runs(plans | references.plans, {})
+    for name, (reference, loss, norm) in tolerances.items():
+        both.agree(name, reference, loss, norm)
+
+
+@pytest.mark.long
+def test_slots_with_nothing_in_them_change_nothing(runs: Runs, base: Plan) -> None:
+    """Five rows on three ranks: one rank's second micro batch weighs nothing, and its gradients must too."""
+    settings = {"global_batch_size": 5, "workers": 3, "micro_batch_size": 1}
+    plans = {f"3 ranks zero {zero}": variant(base, f"3-of-5-{zero}", zero=zero, **settings) for zero in range(4)}
+    run_group(3, train_all, list(plans.values()), timeout_s=600)
+    both = Runs(plans | runs.plans, {})
+    for name in plans:
+        both.agree(name, "full of 5", FP32)
