@@ -11,6 +11,8 @@ from launcher.errors import ClusterError
 from launcher.plan.facts import ClusterFacts, NodeFacts, this_machine
 
 CONNECT_TIMEOUT_S = 20
+OBJECT_STORE_BYTES = 128 * 2**20
+"""Of the Ray that we start: only the Plan travels through it."""
 QUIET = {
     # No telemetry, of Ray's or Hugging Face's, unless the user asked for it in the environment.
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -43,7 +45,14 @@ def connected(address: str | None) -> Iterator[ClusterFacts]:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     try:
         if target is None:
-            ray.init(address="local", include_dashboard=False, num_cpus=this_machine().cpus, **quiet)
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                num_cpus=this_machine().cpus,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _node_ip_address="127.0.0.1",  # nobody outside this machine is asked, and nobody can ask
+                **quiet,
+            )
         else:
             os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(CONNECT_TIMEOUT_S))
             ray.init(address=target, **quiet)
@@ -59,20 +68,20 @@ def connected(address: str | None) -> Iterator[ClusterFacts]:
 
 
 def cluster_facts() -> ClusterFacts:
-    """The living nodes of the connected cluster, the one that this process runs on first."""
+    """The living nodes of the connected cluster with what nobody uses there, the one this process runs on first."""
     import ray
+    from ray._private.state import available_resources_per_node
 
     here = ray.get_runtime_context().get_node_id()
-    nodes = sorted(
-        (node for node in ray.nodes() if node["Alive"]),
-        key=lambda node: (node["NodeID"] != here, node["NodeManagerHostname"]),
-    )
+    free: dict[str, dict[str, float]] = available_resources_per_node()
+    names = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+    nodes = sorted(names, key=lambda node: (node != here, names[node]))
     return ClusterFacts(
         tuple(
             NodeFacts(
-                host=node["NodeManagerHostname"],
-                cpus=int(node["Resources"].get("CPU", 0)),
-                gpus=int(node["Resources"].get("GPU", 0)),
+                host=names[node],
+                cpus=int(free.get(node, {}).get("CPU", 0)),
+                gpus=int(free.get(node, {}).get("GPU", 0)),
             )
             for node in nodes
         )

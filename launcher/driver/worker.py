@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ def redirect_output(log_file: Path) -> None:
     os.close(log)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 (lives as long as the process)
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    # DeepSpeed 0.19 calls collectives by their old names, and torch 2.13 says so at every call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """One machine as Ray counts it."""
+    """One machine as Ray counts it: what no other job has taken."""
 
     host: str
     cpus: int
