@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,13 @@ def build(family: str, implementation: str | None = None, **changes: Any) -> Any
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _registered() -> None:
+def _attention() -> Iterator[None]:
+    """Ours known to transformers; one thread, as a second only waits for work in models this small."""
     register()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pack(lengths: Sequence[int], seed: int = 0) -> MicroBatch:
@@ -122,7 +127,7 @@ def packs_of(*sizes: int) -> list[MicroBatch]:
 def test_perturbing_a_document_moves_no_other(family: str) -> None:
     model, draw = build(family, NAMES["sdpa"]), random.Random(2)
     assert supports_packing(type(model), model.config)
-    for batch in packs_of(2, 7, 23, 50):
+    for batch in packs_of(2, 17, 50):
         documents = documents_of(batch)
         with torch.no_grad():
             before = packed_logits(model, batch)
