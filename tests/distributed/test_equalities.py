@@ -45,7 +45,7 @@ pytestmark = pytest.mark.distributed
 
 FP32, BF16, BF16_STAGE_0 = 1e-5, 1e-3, 1e-2  # the design's tolerances of a relative loss
 BF16_NORM = 5e-2
-"""Of a gradient norm in bf16, which the design does not bound: one rounding of a gradient is 2^-8 = 4e-3; 20 steps add up."""
+"""Of a gradient norm in bf16, which the design does not bound: one rounding is 2^-8 = 4e-3, and 20 steps add up."""
 RESUMED_AT = 10
 
 Adapters = dict[str, Tensor]
@@ -69,11 +69,10 @@ class Runs:
 
 
 def one_rank_plans(base: Plan) -> dict[str, Plan]:
-    """The references, and accumulation against them: 6 rows as 1 x 6, and as 4 + 2."""
+    """The references, and accumulation against them."""
     return {
         "full": variant(base, "full"),
         "full 6 x 1": variant(base, "full-6x1", micro_batch_size=1),
-        "full 4 + 2": variant(base, "full-4+2", micro_batch_size=4),
         "full of 5": variant(base, "full-of-5", global_batch_size=5),
         "full bf16": variant(base, "full-bf16", dtype="bf16", zero=1),
         "freeze": variant(base, "freeze", method=FREEZE),
@@ -196,7 +195,6 @@ def test_e1_the_loss_is_the_mean_over_the_global_batchs_tokens(runs: Runs) -> No
 
 def test_e1_accumulation_and_ranks_change_nothing(runs: Runs) -> None:
     runs.agree("full 6 x 1", "full", FP32)
-    runs.agree("full 4 + 2", "full", FP32)
     runs.agree("full zero 0", "full", FP32)
     runs.agree("full of 5 zero 2", "full of 5", FP32)
     runs.agree("freeze zero 2", "freeze", FP32)
@@ -223,8 +221,8 @@ def test_e6_qlora_is_the_same_at_every_stage(runs: Runs) -> None:
     for name in ("qlora zero 0", "qlora zero 2", "qlora zero 3"):
         runs.agree(name, "qlora", FP32)
     runs.agree("qlora bf16 zero 3", "qlora bf16", BF16, BF16_NORM)
-    # Not an identity on the base: four bits cost something.
-    assert worst(curve(runs.plans["qlora"])[:1], curve(runs.plans["lora"])[:1]) > 10 * FP32
+    # Over a base of its own: four bits cost something.
+    assert worst(curve(runs.plans["qlora"]), curve(runs.plans["lora"])) > 100 * FP32
 
 
 def test_e6_adapters_start_equal_to_the_last_bit(runs: Runs) -> None:
