@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 from collections.abc import Iterator
+from pathlib import Path
 
 from launcher.errors import ClusterError
 from launcher.plan.facts import ClusterFacts, NodeFacts, this_machine
@@ -37,11 +39,12 @@ def connected(address: str | None) -> Iterator[ClusterFacts]:
     Raises:
         ClusterError: the address does not answer.
     """
+    target = cluster_address(address)
+    authenticate(target)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     import ray
 
-    target = cluster_address(address)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     try:
         if target is None:
@@ -50,12 +53,16 @@ def connected(address: str | None) -> Iterator[ClusterFacts]:
                 include_dashboard=False,
                 num_cpus=this_machine().cpus,
                 object_store_memory=OBJECT_STORE_BYTES,
-                _node_ip_address="127.0.0.1",  # nobody outside this machine is asked, and nobody can ask
                 **quiet,
             )
         else:
             os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(CONNECT_TIMEOUT_S))
             ray.init(address=target, **quiet)
+    except ray.exceptions.AuthenticationError as error:
+        raise ClusterError(
+            f"the Ray cluster at {target} wants a token that this machine does not have",
+            hint="copy the head's ~/.ray/auth_token here with mode 600, or set RAY_AUTH_TOKEN",
+        ) from error
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ClusterError(
             f"no Ray cluster answers at {target or 'this machine'}: {str(error).strip().splitlines()[0]}",
@@ -65,6 +72,23 @@ def connected(address: str | None) -> Iterator[ClusterFacts]:
         yield cluster_facts()
     finally:
         ray.shutdown()
+
+
+def authenticate(target: str | None) -> None:
+    """Settle Ray's token before Ray is imported, unless the user has.
+
+    Our own Ray gets a token that only its processes know; Ray would write one to the home folder, readable by all.
+    A cluster that is joined asks for the token that its nodes were started with; Ray sends it only when told to.
+    """
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    if target is None:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        return
+    named = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    if named or (Path.home() / ".ray" / "auth_token").exists():
+        os.environ["RAY_AUTH_MODE"] = "token"
 
 
 def cluster_facts() -> ClusterFacts:
