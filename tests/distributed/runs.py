@@ -66,7 +66,7 @@ def conversations(count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def tiny_run(root: Path, *, packing: bool = False, **scratch: Any) -> Plan:
+def tiny_run(root: Path, **scratch: Any) -> Plan:
     """A Plan whose data and scratch model lie ready in `root`; `scratch` changes the model's configuration."""
     root.mkdir(parents=True, exist_ok=True)
     rows = root / "rows.jsonl"
@@ -86,7 +86,7 @@ def tiny_run(root: Path, *, packing: bool = False, **scratch: Any) -> Plan:
         eval=(),
         test=(),
         max_length=256,
-        packing=packing,
+        packing=False,  # rows of a micro batch are laid end to end all the same
         too_long="stop",
         on_bad_row="stop",
         supervise="all",
