@@ -256,7 +256,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     found: dict[str, Any] = {
         "machine": machine(),
-        "command": f"python -m launcher.bench.against_trl --data {chosen.data.name} --steps {chosen.steps}",
+        "command": f"python -m launcher.bench.against_trl --data {chosen.data.name} --steps {chosen.steps}"
+        f" --warmup {chosen.warmup} --dtypes {chosen.dtypes} --checkpointing {chosen.checkpointing}",
         "warmup": chosen.warmup,
         "rounds": chosen.steps,
         "recipe": RECIPE,
