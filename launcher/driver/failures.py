@@ -49,19 +49,24 @@ def root_cause(failures: Sequence[Failure]) -> Failure:
     return min(failures, key=order)
 
 
-def collect(worker_failures: Mapping[int, BaseException], recorded: Sequence[Mapping[str, Any]]) -> list[Failure]:
-    """Ray's failure of each rank, joined with the latest record that the rank itself left, if it could."""
+def collect(
+    worker_failures: Mapping[int, BaseException], recorded: Sequence[Mapping[str, Any]], hosts: Sequence[str] = ()
+) -> list[Failure]:
+    """Ray's failure of each rank, joined with the latest record that the rank itself left, if it could.
+
+    `hosts` are the ranks' machines, as the run wrote them down when it started.
+    """
     from ray.exceptions import RayActorError
 
     latest = {int(record["rank"]): record for record in recorded}
     found = []
     for rank, error in worker_failures.items():
-        died = isinstance(error, RayActorError) or isinstance(error.__cause__, RayActorError)
+        # Ray Train wraps the death of a worker in its own failed health check.
+        died = isinstance(getattr(error, "health_check_failure", error), RayActorError)
         record = latest.get(rank) if not died else None
         message = f"{record['type']}: {record['message']}" if record else _first_line(error, died)
-        found.append(
-            Failure(rank, record["host"] if record else None, message, record["time"] if record else None, died)
-        )
+        host = record["host"] if record else hosts[rank] if rank < len(hosts) else None
+        found.append(Failure(rank, host, message, record["time"] if record else None, died))
     return found
 
 

@@ -18,6 +18,7 @@ from launcher.driver.failures import collect, describe, recorded_failures, root_
 from launcher.errors import Interrupted, RunFailed
 from launcher.plan.plan import Plan
 from launcher.train.metrics import FILE as METRICS_FILE
+from launcher.train.metrics import read
 from launcher.train.verdict import Verdict, forget, request_stop
 
 Listener = Callable[[dict[str, Any]], None]
@@ -145,7 +146,9 @@ def named_failure(error: BaseException | None, run_dir: Path, max_failures: int)
     worker_failures = getattr(error, "worker_failures", None)
     hint = f"mend the cause, then: slipway resume {run_dir}"
     if worker_failures:
-        cause = root_cause(collect(worker_failures, recorded_failures(run_dir / "logs" / "failures.jsonl")))
+        starts = [record for record in read(run_dir) if record["kind"] == "start"]
+        hosts = [worker["host"] for worker in starts[-1]["workers"]] if starts else []
+        cause = root_cause(collect(worker_failures, recorded_failures(run_dir / "logs" / "failures.jsonl"), hosts))
         return RunFailed(describe(cause, run_dir, max_failures), hint=hint)
     reason = str(error).strip() if error is not None else "the workers ended without a verdict"
     return RunFailed(f"Ray could not carry the run: {reason}", hint=hint)

@@ -20,12 +20,12 @@ RECIPE = """
 model:
   scratch: {model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2,
             num_key_value_heads: 1, vocab_size: 320, max_position_embeddings: 256, tie_word_embeddings: true}
-data: {train: [{path: rows.jsonl}], eval: {split: 0.1}, max_length: 128}
+data: {train: [{path: rows.jsonl}], test: [{path: rows.jsonl}], eval: {split: 0.1}, max_length: 128}
 train: {max_steps: 24, global_batch_size: 4, micro_batch_size: 1}
 optimizer: {lr: 1.0e-3}
 parallel: {zero: 3}
 cluster: {workers: 2, cpus_per_worker: 1}
-evaluate: {every_steps: 1, max_rows: 2}
+evaluate: {every_steps: 1, max_rows: 2, generate: {rows: 5, max_new_tokens: 4, batch_size: 2}}
 checkpoint: {every_steps: 5}
 """
 

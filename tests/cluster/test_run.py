@@ -11,27 +11,10 @@ import pytest
 
 from launcher.checkpoint.layout import newest_committed, step_of
 from launcher.train.metrics import read
-from tests.cluster.command import Command, losses, workers, write_recipe
+from tests.cluster.command import Command, losses, workers
 
 pytestmark = pytest.mark.cluster
 NOISE = ("ray", "deepspeed", "warning", "gloo", "torch", "raylet", "transformers]")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    write_recipe(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(folder: Path) -> tuple[Path, str, str]:
-    """A run to the end, its stdout and its stderr."""
-    run_dir = folder / "uninterrupted"
-    with Command(folder, "run", "tiny.yaml", "--run-dir", run_dir) as command:
-        code, out, err = command.end()
-    assert code == 0, err
-    return run_dir, out, err
 
 
 def test_a_run_ends_with_a_checked_model_and_says_where(uninterrupted: tuple[Path, str, str], folder: Path) -> None:
@@ -40,10 +23,8 @@ def test_a_run_ends_with_a_checked_model_and_says_where(uninterrupted: tuple[Pat
     assert "checked: plain transformers gives the trained model's logits" in out
     assert "slipway chat" in out
     assert len(losses(run_dir)) == 24
-    with Command(folder, "chat", run_dir, "say 3 please", "--max-new-tokens", "5") as chat:
-        code, answer, _ = chat.end()
-    assert code == 0
-    assert answer.strip()
+    scores = [record["score"] for record in read(run_dir) if record["kind"] == "exact_match"]
+    assert len(scores) == 2, "answers in words before and after, generated under ZeRO-3 on two ranks"
 
 
 def test_the_terminal_shows_the_run_and_nothing_else(uninterrupted: tuple[Path, str, str]) -> None:
@@ -140,7 +121,9 @@ def test_a_killed_worker_with_no_failures_left_is_the_root_cause(folder: Path) -
         os.kill(workers(run_dir)[1], signal.SIGKILL)
         code, _, err = command.end()
     assert code == 1, err
-    assert "error: rank 1 failed: the process died" in err
+    cause = err[err.index("error:") :].splitlines()[0]
+    assert cause.startswith("error: rank 1 on ")
+    assert "failed: the process died" in cause
 
 
 def test_more_workers_than_the_cluster_holds_says_what_it_has(folder: Path) -> None:
