@@ -18,7 +18,7 @@ NOISE = ("ray", "deepspeed", "warning", "gloo", "torch", "raylet", "transformers
 
 
 def test_a_run_ends_with_a_checked_model_and_says_where(uninterrupted: tuple[Path, str, str], folder: Path) -> None:
-    run_dir, out, err = uninterrupted
+    run_dir, out, _ = uninterrupted
     assert (run_dir / "model" / "model.safetensors").exists()
     assert "checked: plain transformers gives the trained model's logits" in out
     assert "slipway chat" in out
@@ -79,7 +79,7 @@ def test_a_worker_that_raises_is_named_first_and_restarts_are_bounded(folder: Pa
     arguments = [f"model={{path: {model}, trust_remote_code: true, tokenizer: {folder / 'uninterrupted' / 'model'}}}"]
     arguments += ["parallel.zero=0", "cluster.max_failures=1", "evaluate.every_steps=1000"]
     with Command(folder, "run", "tiny.yaml", *arguments, "--run-dir", run_dir) as command:
-        code, out, err = command.end()
+        code, _, err = command.end()
     assert code == 1, err
     errors = err[err.index("error:") :].splitlines()
     assert errors[0].startswith("error: rank 1 on ")
