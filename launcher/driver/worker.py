@@ -24,9 +24,8 @@ def train_worker(config: dict[str, Any]) -> None:
     """One rank, from Ray's `train_loop_config`: {"plan": Plan as JSON, "attempt": int}.
 
     An error that a restart cannot mend becomes a verdict, and the restarted workers end when they find it. Any other
-    error is recorded
-    with its time, so that the driver can tell the first from those it caused in other ranks, and raised for Ray to
-    count.
+    error is recorded with its time, so that the driver can tell the first from those it caused in other ranks, and
+    raised for Ray to count.
     """
     import ray.train
 

@@ -1,5 +1,4 @@
-"""The trained model in this process's memory, from a committed checkpoint and the Plan alone; adapters folded in on
-request."""
+"""The trained model in memory, from a committed checkpoint and the Plan alone; adapters folded in on request."""
 
 from __future__ import annotations
 

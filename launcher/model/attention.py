@@ -1,12 +1,10 @@
 """Packed documents through transformers' attention interface, in any model that dispatches through it.
 
 A micro batch is one flat row of documents laid end to end. Their borders travel as the model's `attention_mask`:
-transformers
-hands a four-dimensional mask to every attention layer as it is, so `cu_seqlens` goes along as an int32 tensor of shape
-[1, 1, longest document, documents + 1], expanded (stride 0) over the third dimension. The shape carries the longest
-document's length
-without asking the device for it. An ordinary mask (generation, padded batches) is never int32 and takes transformers'
-own SDPA.
+transformers hands a four-dimensional mask to every attention layer as it is, so `cu_seqlens` goes along as an int32
+tensor of shape [1, 1, longest document, documents + 1], expanded (stride 0) over the third dimension. The shape carries
+the longest document's length without asking the device for it. An ordinary mask (generation, padded batches) is never
+int32 and takes transformers' own SDPA.
 """
 
 from __future__ import annotations

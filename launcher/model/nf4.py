@@ -3,11 +3,10 @@
 Two things in bitsandbytes 0.50 are made for one process that owns its weights:
 
 - Its matmul keeps a view of the packed bytes for the backward pass. ZeRO-3 frees those bytes after the forward and
-gathers them
-  again before the backward, elsewhere: the view reads what the buffer holds by then. Losses stay plausible, gradients
-  are wrong.
-- On CPUs with AVX512-BF16, a layer in evaluation mode repacks its bytes in place and then computes without a
-gradient, also when   it is trained again.
+  gathers them again before the backward, elsewhere: the view reads what the buffer holds by then. Losses stay
+  plausible, gradients are wrong.
+- On CPUs with AVX512-BF16, a layer in evaluation mode repacks its bytes in place and then computes without a gradient,
+  also when it is trained again.
 
 So the layer's forward is replaced: weights are dequantized from the parameter as it is at that moment, forward and
 backward.

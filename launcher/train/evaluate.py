@@ -56,8 +56,7 @@ def exact_match(
     """Share of test rows whose greedy answer equals the reference, surrounding white space aside.
 
     Rows are dealt out to the ranks in batches; every rank runs the same number of batches. The answers go to
-    `answers_file`, a line
-    {"where", "prompt", "reference", "answer", "correct"} each, in the order of the rows.
+    `answers_file`, a line {"where", "prompt", "reference", "answer", "correct"} each, in the order of the rows.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     batches = [range(i, min(i + settings.batch_size, len(rows))) for i in range(0, len(rows), settings.batch_size)]

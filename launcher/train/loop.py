@@ -130,9 +130,8 @@ def optimizer_step(parts: Parts, step: int, supervised_tokens: int, learning_rat
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     seed_step(parts.plan.trajectory.seed, step, rank)
-    # DeepSpeed averages over ranks and micro steps; this turns that average of sums into the sum over the global
-    # batch divided by
-    # its supervised tokens, a number known before the first backward.
+    # DeepSpeed averages over ranks and micro steps; this turns that average of sums into the sum over the global batch
+    # divided by its supervised tokens, a number known before the first backward.
     scale = batch.world_size * batch.num_micro_steps / supervised_tokens
     micro_batches = parts.train_data.micro_batches(step, batch, rank)
     losses: list[torch.Tensor] = []

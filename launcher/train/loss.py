@@ -24,15 +24,14 @@ class SupervisedLoss:
         Args:
             network: what is called: the DeepSpeed engine, or a model
             causal_lm: the transformers model inside it
-            flat: documents end to end in one row, kept apart by the packed attention; otherwise one padded row a
-            document device: where the batch goes
+            flat: documents end to end in one row, kept apart by the packed attention; otherwise a padded row each
+            device: where the batch goes
         """
         self.network, self.flat, self.device = network, flat, device
         self.head_takes_index = flat and "logits_to_keep" in inspect.signature(type(causal_lm).forward).parameters
 
     def __call__(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Sum of the cross entropy over the batch's S supervised tokens, [] fp32 differentiable; correct tokens, []
-        fp32."""
+        """Sum of the cross entropy over the S supervised tokens, differentiable, and correct tokens: both [] fp32."""
         logits_SV = self.logits(batch)
         return cross_entropy_sum(logits_SV, batch.targets.to(self.device, non_blocking=True))
 

@@ -1,8 +1,8 @@
 """How a run ended, written by the workers for whoever started them.
 
-Ray restarts workers that raise. An end that a restart cannot change (a finished run, a loss that is not finite, a
-model that is not
-there) is therefore no exception but a verdict: a file in the run's folder that the driver turns into an exit code.
+Ray restarts workers that raise. An end that a restart cannot change (a finished run, a loss that is not finite, a model
+that is not there) is therefore no exception but a verdict: a file in the run's folder that the driver turns into an
+exit code.
 """
 
 from __future__ import annotations
