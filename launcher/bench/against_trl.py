@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from launcher.driver.start import BaseModelProcess, create_run_folder, decide, planned
+from launcher.driver.start import base_model_process, create_run_folder, decide, planned
 from launcher.errors import RunFailed
 from launcher.plan.facts import this_machine
 from launcher.plan.plan import Plan
@@ -75,7 +75,7 @@ def write_plan(data: Path, scratch: Path, name: str, dtype: str, checkpointing: 
     decided = decide(loaded, run_dir, None)
     plan: Plan = planned(decided, this_machine())
     (run_dir / "checkpoints").mkdir(parents=True)
-    with closing(BaseModelProcess(decided)) as base_model:
+    with closing(base_model_process(decided)) as base_model:
         base_model.wait()
     create_run_folder(plan, loaded)
     return run_dir / "plan.json"

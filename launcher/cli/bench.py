@@ -27,7 +27,7 @@ def command(
 ) -> None:
     """Measure tokens per second of a recipe's training step on this machine, and where the time goes."""
     from launcher.cli.progress import preparing
-    from launcher.driver.start import BaseModelProcess, create_run_folder, decide, planned
+    from launcher.driver.start import base_model_process, create_run_folder, decide, planned
     from launcher.plan.facts import this_machine
     from launcher.recipe.load import load
 
@@ -37,7 +37,7 @@ def command(
             decided = decide(loaded, Path(scratch) / "run", report)
         plan = planned(decided, this_machine())
         Path(plan.run_dir).mkdir()
-        with closing(BaseModelProcess(decided)) as base_model:
+        with closing(base_model_process(decided)) as base_model:
             base_model.wait()
         create_run_folder(plan, loaded)
         with render.err().status("measuring"):

@@ -21,7 +21,7 @@ def command(
     """Write a run's model folder again, checked against the trained model."""
     from launcher.cli import render
     from launcher.cli.launch import conclude, export
-    from launcher.driver.start import existing_plan
+    from launcher.driver.resume import existing_plan
 
     run_dir = run.expanduser().resolve()
     plan = existing_plan(run_dir)

@@ -8,7 +8,7 @@ from launcher.cli.arguments import Address, Overrides, RunFolder
 def command(run: RunFolder, overrides: Overrides = None, address: Address = None) -> None:
     """Go on with a run, longer or on another cluster if asked; its model, data, seed and batch stay."""
     from launcher.cli.launch import launch
-    from launcher.driver.start import existing_plan, refuse_trajectory_keys, resumed_plan
+    from launcher.driver.resume import existing_plan, refuse_trajectory_keys, resumed_plan
     from launcher.plan.facts import ClusterFacts
     from launcher.plan.plan import Plan
 

@@ -23,7 +23,7 @@ def command(
     """Fine-tune as a recipe says and export the model. Ctrl-C saves; `slipway resume` goes on."""
     from launcher.cli.launch import launch
     from launcher.cli.progress import preparing
-    from launcher.driver.start import BaseModelProcess, claimed, create_run_folder, decide, new_run_folder, planned
+    from launcher.driver.start import base_model_process, claimed, create_run_folder, decide, new_run_folder, planned
     from launcher.plan.facts import ClusterFacts
     from launcher.plan.plan import Plan
     from launcher.recipe.load import load
@@ -33,7 +33,7 @@ def command(
     with preparing(render.err()) as report:
         decided = decide(loaded, folder, report)
 
-    with claimed(folder), closing(BaseModelProcess(decided)) as base_model:
+    with claimed(folder), closing(base_model_process(decided)) as base_model:
 
         def make_plan(cluster: ClusterFacts) -> Plan:
             plan = planned(decided, cluster)

@@ -11,7 +11,7 @@ def command(run: RunFolder) -> None:
     """Check every checkpoint of a run against its hashes; exit 1 where one is damaged."""
     from launcher.checkpoint.layout import committed
     from launcher.checkpoint.manifest import verify
-    from launcher.driver.start import existing_plan
+    from launcher.driver.resume import existing_plan
 
     run_dir = run.expanduser().resolve()
     existing_plan(run_dir)

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,20 +15,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from launcher.checkpoint.layout import newest_committed
-from launcher.errors import ModelError, RecipeError, RunFolderError
+from launcher.driver.base_model import BaseModelProcess, model_settings, pinned
+from launcher.errors import RunFolderError
 from launcher.plan.facts import ClusterFacts
-from launcher.plan.layout import choose_device, resolve_layout
 from launcher.plan.plan import DataFacts, ModelPlan, Plan
-from launcher.plan.resolve import origins, resolve, resolve_data, resolve_lifecycle, resolve_model
+from launcher.plan.resolve import resolve, resolve_data, resolve_model
 from launcher.plan.size import parameter_count
-from launcher.recipe.load import LoadedRecipe, load
+from launcher.recipe.load import LoadedRecipe
 
 Reporter = Callable[[str, int, int | None], None]
 """Progress of the preparation: what, how many done, how many in all."""
 PACKAGES = ("torch", "deepspeed", "ray", "transformers", "datasets", "peft", "bitsandbytes", "flash-attn", "triton")
-RESUME_SECTIONS = ("evaluate", "checkpoint", "logging", "cluster", "export")
-RESUME_KEYS = ("train.epochs", "train.max_steps", "train.max_time")
 MINIMUM_FREE_BYTES = 64 * 2**20
 
 
@@ -86,6 +82,14 @@ def decide(loaded: LoadedRecipe, run_dir: Path, report: Reporter | None) -> Deci
     return Decided(loaded, run_name(loaded), run_dir, model, facts, parameters)
 
 
+def base_model_process(decided: Decided) -> BaseModelProcess:
+    """Start making the model ready; wait for it before the first worker starts."""
+    recipe = decided.loaded.recipe
+    return BaseModelProcess(
+        decided.model, Path(decided.facts.folder) / "tokenizer", recipe.train.seed, recipe.data.packing
+    )
+
+
 def planned(decided: Decided, cluster: ClusterFacts) -> Plan:
     """The Plan on a cluster."""
     return resolve(
@@ -98,59 +102,6 @@ def planned(decided: Decided, cluster: ClusterFacts) -> Plan:
         decided.name,
         decided.run_dir,
     )
-
-
-def pinned(model: ModelPlan) -> ModelPlan:
-    """A hub id with its branch or tag resolved to a commit, so that every node and every resume reads the same weights.
-
-    Raises:
-        ModelError: the hub does not answer and the cache does not have it, or the model is gated.
-    """
-    if model.source != "hub":
-        return model
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        folder = snapshot_download(model.path, revision=model.revision, allow_patterns=["config.json"])
-    except GatedRepoError as error:
-        raise ModelError(
-            f"{model.path} is gated", hint="accept its terms on the model's page and set HF_TOKEN"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(
-            f"{model.path} is neither a folder here nor a model on the hub",
-            hint="check the path or id; set HF_TOKEN for private models",
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        raise ModelError(
-            f"{model.path} is no folder here, and the hub cannot be reached: {str(error).strip().splitlines()[0]}",
-            hint="check the path; offline, download the model first and set HF_HUB_OFFLINE=1",
-        ) from error
-    return model.model_copy(update={"revision": Path(folder).name})
-
-
-def model_settings(model: ModelPlan) -> dict[str, Any]:
-    """The model's config.json, without importing transformers.
-
-    Raises:
-        ModelError: the folder has none.
-    """
-    if model.source == "scratch":
-        assert model.scratch is not None
-        return model.scratch
-    if model.source == "hub":
-        from huggingface_hub import hf_hub_download
-
-        path = Path(hf_hub_download(model.path, "config.json", revision=model.revision))
-    else:
-        path = Path(model.path) / "config.json"
-    if not path.is_file():
-        raise ModelError(
-            f"{model.path} has no config.json", hint="give a folder that save_pretrained wrote, or a hub id"
-        )
-    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return settings
 
 
 @contextlib.contextmanager
@@ -175,50 +126,6 @@ def claimed(run_dir: Path) -> Iterator[None]:
         if ours and not (run_dir / "plan.json").exists():
             shutil.rmtree(run_dir, ignore_errors=True)
         raise
-
-
-class BaseModelProcess:
-    """`launcher.model.ready` in a process of its own: started early, waited for before the first worker."""
-
-    def __init__(self, decided: Decided) -> None:
-        request = {
-            "model": decided.model.model_dump(mode="json"),
-            "tokenizer_folder": str(Path(decided.facts.folder) / "tokenizer"),
-            "seed": decided.loaded.recipe.train.seed,
-            "packing": decided.loaded.recipe.data.packing,
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "launcher.model.ready"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(request))
-        self.process.stdin.flush()
-
-    def wait(self) -> None:
-        """Until the model is there.
-
-        Raises:
-            ModelError: as the process said, or with its last line where it ended without a word.
-        """
-        out, err = self.process.communicate()
-        lines = out.splitlines()
-        answer = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {"error": None}
-        if "error" in answer:
-            last = err.strip().splitlines()[-1:] or ["no output"]
-            raise ModelError(
-                answer["error"] or f"the model cannot be made ready: {last[0]}",
-                answer.get("hint") or "check model in the recipe",
-            )
-
-    def close(self) -> None:
-        """Stop it if it still runs."""
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.communicate()
 
 
 def create_run_folder(plan: Plan, loaded: LoadedRecipe) -> None:
@@ -268,69 +175,3 @@ def environment() -> dict[str, Any]:
         "packages": versions,
         "command": sys.argv,
     }
-
-
-def existing_plan(run_dir: Path) -> Plan:
-    """The Plan of a run.
-
-    Raises:
-        RunFolderError: the folder holds none.
-    """
-    file = run_dir / "plan.json"
-    if not file.is_file():
-        raise RunFolderError(f"{run_dir} holds no run", hint="slipway runs lists them")
-    return Plan.load(file)
-
-
-def resumed_plan(run_dir: Path, overrides: list[str], cluster: ClusterFacts) -> Plan:
-    """A run's Plan with the keys changed that a resume may change; its trajectory stays as it was.
-
-    Raises:
-        RecipeError: an override that a resume does not take, or a wrong value.
-        ClusterError: the cluster cannot hold it.
-    """
-    plan = existing_plan(run_dir)
-    refuse_trajectory_keys(overrides, run_dir)
-    loaded = load(str(run_dir / "recipe.yaml"), overrides)
-    reasons: dict[str, str] = {}
-    parameters = parameter_count(model_settings(plan.trajectory.model))
-    layout = resolve_layout(loaded.recipe, cluster, plan.trajectory.dtype, parameters, reasons)
-    if not any(override.startswith("cluster.") for override in overrides) and layout.device == plan.layout.device:
-        layout = plan.layout if fits(plan, cluster) else layout
-    lifecycle = resolve_lifecycle(loaded.recipe, plan.data, reasons)
-    return plan.model_copy(
-        update={"layout": layout, "lifecycle": lifecycle, "origins": plan.origins | origins(loaded, reasons)}
-    )
-
-
-def fits(plan: Plan, cluster: ClusterFacts) -> bool:
-    """Whether the cluster can hold the layout that the run had."""
-    layout = plan.layout
-    if layout.device == "cuda":
-        return cluster.gpus >= layout.workers
-    return (
-        choose_device(cluster) == "cpu"
-        and sum(node.cpus // layout.cpus_per_worker for node in cluster.nodes) >= layout.workers
-    )
-
-
-def refuse_trajectory_keys(overrides: list[str], run_dir: Path) -> None:
-    """Raise RecipeError for every override that would change the numbers of a run already begun."""
-    from launcher.errors import Problem
-
-    refused = []
-    for override in overrides:
-        key = override.split("=", 1)[0]
-        if key not in RESUME_KEYS and key.split(".")[0] not in RESUME_SECTIONS:
-            hint = (
-                f"a resume takes {', '.join(RESUME_KEYS)} and {', '.join(s + '.*' for s in RESUME_SECTIONS)}; "
-                f"for anything else start a new run from this model: model.path={run_dir}/model"
-            )
-            refused.append(Problem("command line", key, "cannot change in a run already begun", hint))
-    if refused:
-        raise RecipeError(refused)
-
-
-def has_checkpoint(run_dir: Path) -> bool:
-    """Whether there is anything to go on from."""
-    return newest_committed(run_dir) is not None
