@@ -48,11 +48,11 @@ def introduce(plan: Plan) -> None:
     """One paragraph on what is about to run."""
     layout, trajectory, life = plan.layout, plan.trajectory, plan.lifecycle
     model = "a scratch model" if trajectory.model.source == "scratch" else trajectory.model.path
-    workers = f"{layout.workers} worker{'s' if layout.workers > 1 else ''}"
-    place = "GPU" if layout.device == "cuda" else f"{layout.cpus_per_worker} CPUs"
+    place = "a GPU" if layout.device == "cuda" else f"{layout.cpus_per_worker} CPU{'s' * (layout.cpus_per_worker > 1)}"
+    workers = f"{layout.workers} workers with {place} each" if layout.workers > 1 else f"1 worker with {place}"
     say = render.err().print
     say(f"[bold]{plan.name}[/]  {trajectory.method.kind} fine-tune of {model}, {trajectory.dtype}, ZeRO {layout.zero}")
-    say(f"  {workers} with {place} each; {life.total_steps} steps of {trajectory.global_batch_size} rows")
+    say(f"  {workers}; {life.total_steps} steps of {trajectory.global_batch_size} rows")
     dropped = sum(plan.data.dropped.values())
     left_out = f"; {dropped} rows left out, see {shown(Path(plan.data.folder) / 'dropped.jsonl')}" if dropped else ""
     say(

@@ -9,7 +9,8 @@ int32 and takes transformers' own SDPA.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,16 @@ def register() -> None:
         AttentionMaskInterface.register(name, sdpa_mask)
 
 
-def _dispatch(documents_forward: Any) -> Any:
+class Scoring(NamedTuple):
+    """How a layer turns products of queries and keys into weights; the names are `packed_attention`'s."""
+
+    dropout: float
+    scale: float | None
+    window: int | None
+    softcap: float | None
+
+
+def _dispatch(documents_forward: Callable[[Tensor, Tensor, Tensor, Tensor, Scoring], Tensor]) -> Any:
     def forward(
         module: nn.Module,
         query: Tensor,
@@ -74,42 +84,32 @@ def _dispatch(documents_forward: Any) -> Any:
             return attended, None
         # Not query[0]: the backward of an index writes a tensor of zeros to put its gradient into.
         query, key, value = (x.squeeze(0) for x in (query, key, value))
-        attended = documents_forward(query, key, value, attention_mask[0, 0], dropout, scaling, sliding_window, softcap)
+        scoring = Scoring(dropout, scaling, sliding_window, softcap)
+        attended = documents_forward(query, key, value, attention_mask[0, 0], scoring)
         return attended.unsqueeze(0), None
 
     return forward
 
 
-def _sdpa_documents(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    borders: Tensor,
-    dropout: float,
-    scale: float | None,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
+def _sdpa_documents(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, scoring: Scoring) -> Tensor:
     """[H, T, d] to [T, H, d]."""
     attended = packed_attention(
-        query, key, value, borders[0], scale=scale, sliding_window=window, softcap=softcap, dropout=dropout
+        query,
+        key,
+        value,
+        borders[0],
+        scale=scoring.scale,
+        sliding_window=scoring.window,
+        softcap=scoring.softcap,
+        dropout=scoring.dropout,
     )
     return attended.transpose(0, 1).contiguous()
 
 
-def _varlen_documents(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    borders: Tensor,
-    dropout: float,
-    scale: float | None,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
+def _varlen_documents(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, scoring: Scoring) -> Tensor:
     """[H, T, d] to [T, H, d]; torch's varlen kernel has neither dropout nor a soft cap."""
-    if dropout or softcap is not None:
-        return _sdpa_documents(query, key, value, borders, dropout, scale, window, softcap)
+    if scoring.dropout or scoring.softcap is not None:
+        return _sdpa_documents(query, key, value, borders, scoring)
     from torch.nn.attention.varlen import varlen_attn
 
     num_groups = query.shape[0] // key.shape[0]
@@ -117,24 +117,15 @@ def _varlen_documents(
         key, value = (x.repeat_interleave(num_groups, dim=0) for x in (key, value))
     query, key, value = (x.transpose(0, 1).contiguous() for x in (query, key, value))
     longest = borders.shape[0]
-    left = -1 if window is None else window - 1
+    left = -1 if scoring.window is None else scoring.window - 1
     attended = varlen_attn(
-        query, key, value, borders[0], borders[0], longest, longest, scale=scale, window_size=(left, 0)
+        query, key, value, borders[0], borders[0], longest, longest, scale=scoring.scale, window_size=(left, 0)
     )
     assert isinstance(attended, Tensor)
     return attended
 
 
-def _flash_documents(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    borders: Tensor,
-    dropout: float,
-    scale: float | None,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
+def _flash_documents(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, scoring: Scoring) -> Tensor:
     """[H, T, d] to [T, H, d] by flash-attn's varlen kernel."""
     from flash_attn import flash_attn_varlen_func
 
@@ -148,11 +139,11 @@ def _flash_documents(
         borders[0],
         longest,
         longest,
-        dropout_p=dropout,
-        softmax_scale=scale,
+        dropout_p=scoring.dropout,
+        softmax_scale=scoring.scale,
         causal=True,
-        window_size=(-1, -1) if window is None else (window - 1, 0),
-        softcap=softcap or 0.0,
+        window_size=(-1, -1) if scoring.window is None else (scoring.window - 1, 0),
+        softcap=scoring.softcap or 0.0,
     )
     return attended
 
