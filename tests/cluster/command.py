@@ -79,9 +79,9 @@ class Command:
                 return line
         raise AssertionError(f"ended without {words!r}:\n{''.join(self.err)}")
 
-    def end(self) -> tuple[int, str, str]:
+    def end(self, timeout_s: float = 240) -> tuple[int, str, str]:
         """Exit code, stdout and all of stderr, once it has ended."""
-        out, err = self.process.communicate(timeout=240)
+        out, err = self.process.communicate(timeout=timeout_s)
         return self.process.returncode, out, "".join(self.err) + err
 
     def kill_tree(self) -> None:
