@@ -48,6 +48,7 @@ def connected(address: str | None) -> Iterator[ClusterFacts]:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     try:
         if target is None:
+            os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a few local workers: notice at once
             ray.init(
                 address="local",
                 include_dashboard=False,

@@ -74,14 +74,14 @@ def fit(plan: Plan, attempt: int, listener: Listener) -> Verdict:
 def build_trainer(plan: Plan, attempt: int) -> Any:
     """Ray's TorchTrainer for a Plan: one worker a rank, nodes filled in order, failures bounded."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
     from launcher.driver.network import InterfaceTorchConfig
+    from launcher.driver.ray_train import Trainer
     from launcher.driver.worker import train_worker
 
     layout, gpu = plan.layout, plan.layout.device == "cuda"
     resources = {"CPU": float(layout.cpus_per_worker)} | ({"GPU": 1.0} if gpu else {})
-    return TorchTrainer(
+    return Trainer(
         train_worker,
         train_loop_config={"plan": plan.model_dump(mode="json"), "attempt": attempt},
         scaling_config=ScalingConfig(

@@ -18,8 +18,8 @@ ROOMS = [
 ]
 FRONT = ("recipe", "plan", "driver", "cluster", "cli")
 WORKER = ("data", "model", "checkpoint", "train", "audit", "export")
-LATE = {"launcher.driver.network"}
-"""Subclasses a class of Ray's that needs torch, so it is imported only inside functions."""
+LATE = {"launcher.driver.network", "launcher.driver.ray_train"}
+"""Subclass classes of Ray that need torch, so they are imported only inside functions."""
 BRINGS_TORCH = {"torch", "deepspeed", "transformers", "peft", "bitsandbytes", "accelerate", "launcher_kernels"}
 
 MODULES = sorted((ROOT / "launcher").rglob("*.py"))
