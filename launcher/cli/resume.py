@@ -17,8 +17,6 @@ def command(run: RunFolder, overrides: Overrides = None, address: Address = None
     refuse_trajectory_keys(overrides or [], run_dir)
 
     def make_plan(cluster: ClusterFacts) -> Plan:
-        plan = resumed_plan(run_dir, overrides or [], cluster)
-        plan.save(run_dir / "plan.json")
-        return plan
+        return resumed_plan(run_dir, overrides or [], cluster)
 
     launch(run_dir, address, make_plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from launcher.driver.base_model import model_settings
+from launcher.driver.start import writable
 from launcher.errors import Problem, RecipeError, RunFolderError
 from launcher.plan.facts import ClusterFacts
 from launcher.plan.layout import choose_device, resolve_layout
@@ -32,9 +33,12 @@ def existing_plan(run_dir: Path) -> Plan:
 def resumed_plan(run_dir: Path, overrides: list[str], cluster: ClusterFacts) -> Plan:
     """A run's Plan with the keys changed that a resume may change; its trajectory stays as it was.
 
+    The folder's recipe.yaml and plan.json change with it: the next resume goes on from what this one was told.
+
     Raises:
         RecipeError: an override that a resume does not take, or a wrong value.
         ClusterError: the cluster cannot hold it.
+        RunFolderError: the folder cannot be written.
     """
     plan = existing_plan(run_dir)
     refuse_trajectory_keys(overrides, run_dir)
@@ -45,9 +49,13 @@ def resumed_plan(run_dir: Path, overrides: list[str], cluster: ClusterFacts) -> 
     if not any(override.startswith("cluster.") for override in overrides) and layout.device == plan.layout.device:
         layout = plan.layout if fits(plan, cluster) else layout
     lifecycle = resolve_lifecycle(loaded.recipe, plan.data, reasons)
-    return plan.model_copy(
+    resumed = plan.model_copy(
         update={"layout": layout, "lifecycle": lifecycle, "origins": plan.origins | origins(loaded, reasons)}
     )
+    with writable(run_dir):
+        (run_dir / "recipe.yaml").write_text(loaded.text, encoding="utf-8")
+        resumed.save(run_dir / "plan.json")
+    return resumed
 
 
 def fits(plan: Plan, cluster: ClusterFacts) -> bool:

@@ -10,13 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launcher.driver.resume import resumed_plan
 from launcher.errors import ClusterError, DataError
 from launcher.plan.batch import batch_layout
 from launcher.plan.deepspeed import deepspeed_config
-from launcher.plan.facts import ClusterFacts, NodeFacts
+from launcher.plan.facts import ClusterFacts, NodeFacts, this_machine
 from launcher.plan.plan import DataFacts, LayoutPlan, Plan
 from launcher.plan.resolve import resolve, resolve_data, resolve_model
 from launcher.recipe.load import load
+from tests.distributed.tiny import tiny_plan
 
 LAPTOP = ClusterFacts((NodeFacts("laptop", cpus=8, gpus=0),))
 UNEVEN = ClusterFacts((NodeFacts("a", cpus=4, gpus=0), NodeFacts("b", cpus=2, gpus=0)))
@@ -257,3 +259,18 @@ def test_deepspeeds_numbers_fit_together(here: Path, zero: int, offload: bool, d
     # fp32 sums of bf16 gradients wherever DeepSpeed has them; without them E1 and E2 do not hold.
     assert ("data_types" in config) == (dtype == "bf16" and zero > 0)
     assert "auto" not in json.dumps(config)
+
+
+def test_a_resume_remembers_what_the_last_one_was_told(tmp_path: Path) -> None:
+    """Three epochs on the first resume are three on the second, which names none; the trajectory never changes."""
+    plan = tiny_plan(tmp_path, zero=0)
+    run_dir = Path(plan.run_dir)
+    recipe = "model: {scratch: {model_type: llama}}\ndata: {train: [{path: rows.jsonl}]}\n"
+    (run_dir / "recipe.yaml").write_text(recipe)
+    plan.save(run_dir / "plan.json")
+    longer = resumed_plan(run_dir, ["train.epochs=3", "checkpoint.keep_last=5"], this_machine())
+    again = resumed_plan(run_dir, [], this_machine())
+    assert (again.lifecycle.epochs, again.lifecycle.keep_last) == (3, 5)
+    assert again.lifecycle == longer.lifecycle
+    assert again.trajectory.hash() == plan.trajectory.hash()
+    assert longer.origins["train.epochs"] == "command line"
