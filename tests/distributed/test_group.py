@@ -12,6 +12,8 @@ import torch.distributed as dist
 from launcher.errors import CheckpointError
 from tests.distributed.group import RankTraceback, run_group
 
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("distributed")]
+
 
 def _sum_of_ranks(start: int) -> tuple[int, torch.Tensor]:
     total = torch.tensor([float(dist.get_rank() + start)])
