@@ -114,6 +114,7 @@ def write_raising_model(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(settings))
 
 
+@pytest.mark.long  # which failure is the first is tested in tests/unit; a bounded number of restarts just above
 def test_a_killed_worker_with_no_failures_left_is_the_root_cause(folder: Path) -> None:
     run_dir = folder / "no-failures-left"
     with Command(folder, "run", "tiny.yaml", "cluster.max_failures=0", "--run-dir", run_dir) as command:
