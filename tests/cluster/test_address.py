@@ -15,7 +15,7 @@ import pytest
 
 from tests.cluster.command import Command
 
-pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.xdist_group("cluster")]
+pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from launcher.checkpoint.layout import newest_committed, step_of
 from launcher.train.metrics import read
 from tests.cluster.command import Command, losses, workers
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("cluster")]
+pytestmark = pytest.mark.cluster
 NOISE = ("ray", "deepspeed", "warning", "gloo", "torch", "raylet", "transformers]")
 
 

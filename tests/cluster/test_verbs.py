@@ -10,7 +10,7 @@ import pytest
 
 from launcher.cli.app import main
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("cluster")]
+pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture(autouse=True)

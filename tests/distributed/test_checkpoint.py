@@ -19,7 +19,7 @@ from launcher.errors import CheckpointError, RunFolderError
 from tests.distributed.group import run_group
 from tests.distributed.tiny import quiet, tiny_engine, tiny_plan, train
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("distributed")]
+pytestmark = pytest.mark.distributed
 
 SAVED_AT = 4
 

@@ -17,7 +17,7 @@ from launcher.train.verdict import Verdict, request_stop
 from tests.distributed.group import run_group
 from tests.distributed.runs import curve, tiny_run, train_all, variant, worst
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("distributed")]
+pytestmark = pytest.mark.distributed
 STEPS = 6
 
 

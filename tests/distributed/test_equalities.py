@@ -41,7 +41,7 @@ from tests.distributed.runs import (
 )
 from tests.distributed.tiny import quiet
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("distributed")]
+pytestmark = pytest.mark.distributed
 
 FP32, BF16, BF16_STAGE_0 = 1e-5, 1e-3, 1e-2  # the design's tolerances of a relative loss
 BF16_NORM = 5e-2

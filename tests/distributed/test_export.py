@@ -29,7 +29,7 @@ from launcher.train.probe import probe_file, read_probe
 from tests.distributed.group import run_group
 from tests.distributed.runs import FREEZE, LORA, QLORA, tiny_run, train_all, variant
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("distributed")]
+pytestmark = pytest.mark.distributed
 
 LAST = 3
 TOLERANCE = {"fp32": 1e-5, "bf16": 4e-2}

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from launcher.errors import CheckpointError
 from tests.distributed.group import RankTraceback, run_group
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("distributed")]
+pytestmark = pytest.mark.distributed
 
 
 def _sum_of_ranks(start: int) -> tuple[int, torch.Tensor]:
