@@ -59,6 +59,7 @@ def test_a_dead_rank_is_named() -> None:
         run_group(2, _one_dies)
 
 
+@pytest.mark.long  # waits out its own time limit
 def test_a_hanging_rank_is_killed(tmp_path) -> None:  # type: ignore[no-untyped-def]
     pid_file = tmp_path / "pid"
     with pytest.raises(TimeoutError):
