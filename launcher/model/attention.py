@@ -42,8 +42,7 @@ def supports_packing(model_class: type[PreTrainedModel], config: PretrainedConfi
 
 
 def register() -> None:
-    """Make the three implementations known to transformers, each with a mask function (without one, masks are
-    dropped)."""
+    """Make the implementations known to transformers, each with a mask function: without one, masks are dropped."""
     forwards = {"sdpa": _sdpa_documents, "varlen": _varlen_documents, "flash": _flash_documents}
     for kind, name in NAMES.items():
         AttentionInterface.register(name, _dispatch(forwards[kind]))
