@@ -46,7 +46,7 @@ def export(plan: Plan, out: Path, merge: bool) -> Exported:
     """
     from transformers import AutoTokenizer
 
-    from launcher.export.merge import drift, logits_of, merged_model, trained_model
+    from launcher.export.merge import logits_of, merged_model, trained_model
     from launcher.train.probe import probe_file, read_probe
 
     run_dir = Path(plan.run_dir)
@@ -63,7 +63,7 @@ def export(plan: Plan, out: Path, merge: bool) -> Exported:
         before = logits_of(model, probe[0]) if probe else None
         model = merged_model(plan, model)
         if probe and before is not None:
-            merge_drift = drift(before, logits_of(model, probe[0])).largest
+            merge_drift = (before - logits_of(model, probe[0])).abs().max().item()
     staging = out.with_name(f".{out.name}-{os.getpid()}")
     try:
         write_folder(plan, model, AutoTokenizer.from_pretrained(Path(plan.data.folder) / "tokenizer"), staging, merge)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +68,6 @@ def fill(model: nn.Module, weights: dict[str, torch.Tensor], checkpoint: Path) -
             parameter.copy_(value.reshape(parameter.shape))
 
 
-@dataclass(frozen=True)
-class Drift:
-    """How far merged logits are from the adapted model's, on the run's probe."""
-
-    largest: float
-    """Largest absolute difference of a logit."""
-    share_same_token: float
-    """Share of positions whose most likely token is the same."""
-
-
 def merged_model(plan: Plan, adapted: nn.Module) -> nn.Module:
     """The adapters folded into the base's weights.
 
@@ -112,8 +101,3 @@ def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         output: Any = model(input_ids=ids[None], use_cache=False)
     logits: torch.Tensor = output.logits[0].float()
     return logits
-
-
-def drift(adapted: torch.Tensor, merged: torch.Tensor) -> Drift:
-    """Compare two [T, V] logits."""
-    return Drift((adapted - merged).abs().max().item(), (adapted.argmax(-1) == merged.argmax(-1)).float().mean().item())
