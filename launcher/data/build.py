@@ -62,11 +62,11 @@ class Build:
             DocumentWriter(staging / "train.arrow") as train,
             DocumentWriter(staging / "eval.arrow") as held_out,
         ):
-            self._write(encoder, data.train, train, held_out, data.eval_split or 0.0)
+            self._write(encoder, data.train, train, held_out, data.eval.split or 0.0)
             self._require(len(train.lengths), "training")
             self._notes["held_out"] = len(held_out.lengths)
-            if data.eval:
-                self._write(encoder, data.eval, held_out, held_out, 0.0)
+            if data.eval.sources:
+                self._write(encoder, data.eval.sources, held_out, held_out, 0.0)
                 self._require(len(held_out.lengths), "evaluation")
             num_test = self._write_test(encoder, tokenizer.eos_token)
         self._say("pack", 0, len(train.lengths))
@@ -97,7 +97,7 @@ class Build:
     def _tokenizer(self) -> PreTrainedTokenizerFast:
         if not is_trained(self._model):
             return load_tokenizer(self._model)
-        share = self._data.eval_split or 0.0
+        share = self._data.eval.split or 0.0
 
         def texts() -> Iterator[str]:
             # A bad row is left to the pass that counts it; a held-out one stays unseen by the vocabulary too.
@@ -161,7 +161,7 @@ class Build:
             message = f"{num_tokens} tokens, and data.max_length is {max_length}"
             if self._data.too_long == "stop":
                 raise DataError(
-                    f"{where}: {message}", hint="raise data.max_length, or set data.too_long to drop or truncate"
+                    f"{where}: {message}", hint="raise data.max_length, or set data.too_long to drop or truncate_end"
                 )
             if self._data.too_long == "drop":
                 self._shortest_too_long = min(num_tokens, self._shortest_too_long or num_tokens)
@@ -177,7 +177,7 @@ class Build:
     def _write_test(self, encoder: Encoder, eos_token: str) -> int:
         count = 0
         with (self._staging / "test.jsonl").open("w", encoding="utf-8") as stream:
-            for chunk in _chunks(self._conversations(self._data.test)):
+            for chunk in _chunks(self._conversations(self._data.test.sources)):
                 for conversation in chunk:
                     try:
                         text, ids = encoder.prompt(conversation)
@@ -188,7 +188,7 @@ class Build:
                     _line(stream, where=conversation.where, prompt_text=text, prompt_ids=ids, answer=answer)
                     count += 1
                 self._advance(len(chunk))
-        if self._data.test:
+        if self._data.test.sources:
             self._require(count, "test")
         return count
 
@@ -223,7 +223,7 @@ class Build:
         hint = f"the first: {self._first_detail[reason]}"
         if reason == "too long":
             shortest = f"the shortest has {self._shortest_too_long} tokens"
-            hint = f"{shortest}: raise data.max_length, or set data.too_long: truncate"
+            hint = f"{shortest}: raise data.max_length, or set data.too_long: truncate_end"
         raise DataError(f"no {kind} row is left; dropped: {dropped}", hint=hint)
 
 

@@ -86,7 +86,7 @@ def _find(folder: Path) -> DataFacts | None:
 
 def _key(model: ModelPlan, data: DataPlan, seed: int) -> tuple[str, int | None]:
     """The cache's key, and how many rows the sources hold where that is known."""
-    prints = [fingerprint(source) for source in (*data.train, *data.eval, *data.test)]
+    prints = [fingerprint(source) for source in data.sources]
     parts = {
         "code": CODE_VERSION,
         "files": [digest for digest, _ in prints],

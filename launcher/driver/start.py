@@ -19,7 +19,8 @@ from launcher.driver.base_model import BaseModelProcess, model_settings, pinned
 from launcher.errors import RunFolderError
 from launcher.plan.facts import ClusterFacts
 from launcher.plan.plan import DataFacts, ModelPlan, Plan
-from launcher.plan.resolve import resolve, resolve_data, resolve_model
+from launcher.plan.resolve import resolve, resolve_model
+from launcher.plan.resolve_data import resolve_data
 from launcher.plan.size import parameter_count
 from launcher.recipe.load import LoadedRecipe
 

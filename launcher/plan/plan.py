@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from launcher.recipe.schema_data import SourceFormat
+
 Dtype = Literal["fp32", "bf16"]
 Stage = Annotated[int, Field(ge=0, le=3)]
 
@@ -45,6 +47,10 @@ class ModelPlan(Part):
     """Absolute folder or hub id of the tokenizer; None: the model's own, or trained on the data for a scratch model."""
     chat_template: str | None
     """The Jinja text that replaces the tokenizer's own."""
+    template_kwargs: dict[str, Any]
+    """Variables for the chat template."""
+    add_tokens: tuple[str, ...]
+    """Control tokens added to the tokenizer; their embedding and head rows are trained whatever the method."""
     trust_remote_code: bool
 
 
@@ -60,29 +66,84 @@ class MethodPlan(Part):
 
 
 class SourcePlan(Part):
-    """One file or data set."""
+    """Rows of one kind."""
 
+    kind: Literal["local", "url", "hub"]
+    """`local`: an absolute file, folder or glob; `url`: of a file system that fsspec knows; `hub`: a hub id."""
     path: str
-    """Absolute."""
-    format: Literal["auto", "messages", "alpaca", "prompt_completion", "question_answer"]
+    format: SourceFormat
     """`auto` is decided by the rows themselves, when they are read; what was found is in the data's facts."""
+    columns: dict[str, str]
+    """{name in the format: name in the file}."""
     split: str | None
+    subset: str | None
+    revision: str | None
+    """Commit of a hub id."""
     limit: int | None
+    weight: float
+    system: str | None
+    instruction: str | None
+    labels: tuple[str, ...]
+
+
+class HeldOutPlan(Part):
+    """Rows that are never trained on."""
+
+    split: float | None
+    rows: int | None
+    sources: tuple[SourcePlan, ...]
+
+
+class CleanPlan(Part):
+    """Which training rows are left out; see the recipe's keys of the same names."""
+
+    duplicates: Literal["drop", "keep"]
+    near_duplicates: float | None
+    overlap: Literal["drop", "keep", "stop"]
+    contamination: tuple[SourcePlan, ...]
+    min_tokens: int | None
+    max_chars: int | None
+    languages: tuple[str, ...]
+    include: str | None
+    exclude: tuple[str, ...]
+    mend_encoding: bool
+
+
+class AugmentPlan(Part):
+    """Variations of training rows."""
+
+    function_file: str | None
+    """Absolute."""
+    function_name: str | None
+    wordings: tuple[str, ...]
+    truncate_turns: float
+    drop_system: float
 
 
 class DataPlan(Part):
     """Everything that decides which tokens exist and which are supervised."""
 
     train: tuple[SourcePlan, ...]
-    eval_split: float | None
-    """Share of the training rows held out by hash; None where `eval` names files or nothing is held out."""
-    eval: tuple[SourcePlan, ...]
-    test: tuple[SourcePlan, ...]
+    eval: HeldOutPlan
+    test: HeldOutPlan
+    label: str | None
+    group: str | None
+    stratify: bool
+    balance: Literal["none", "weights", "oversample", "undersample"]
+    clean: CleanPlan
+    augment: AugmentPlan
     max_length: int
     packing: bool
-    too_long: Literal["drop", "truncate", "stop"]
+    too_long: Literal["drop", "truncate_end", "truncate_start", "split", "stop"]
     on_bad_row: Literal["stop", "drop"]
-    supervise: Literal["all", "last"]
+    supervise: Literal["all", "last", "marked"]
+    special_tokens: Literal["text", "strip"]
+    system_turns: Literal["keep", "merge", "drop"]
+
+    @property
+    def sources(self) -> tuple[SourcePlan, ...]:
+        """All that are read, in order: training, evaluation, test."""
+        return (*self.train, *self.eval.sources, *self.test.sources)
 
 
 class DataFacts(Part):

@@ -22,11 +22,10 @@ from launcher.plan.plan import (
     OptimizerPlan,
     Plan,
     SchedulePlan,
-    SourcePlan,
     Trajectory,
 )
 from launcher.recipe.load import LoadedRecipe, resolve_path
-from launcher.recipe.schema import Recipe, Source
+from launcher.recipe.schema import Recipe
 from launcher.units import parse_bytes, parse_seconds
 
 EVENTS_PER_RUN = 10
@@ -118,6 +117,8 @@ def resolve_model(loaded: LoadedRecipe, run_dir: Path) -> ModelPlan:
         scratch=section.scratch,
         tokenizer=_folder_or_hub(loaded, "model.tokenizer", section.tokenizer) if section.tokenizer else None,
         chat_template=_template(loaded),
+        template_kwargs=section.template_kwargs,
+        add_tokens=section.add_tokens,
         trust_remote_code=section.trust_remote_code,
     )
 
@@ -155,42 +156,6 @@ def _template(loaded: LoadedRecipe) -> str | None:
             hint="give a file with a Jinja chat template, or leave the key out",
         )
     return found.read_text(encoding="utf-8")
-
-
-def resolve_data(loaded: LoadedRecipe) -> DataPlan:
-    """The data with absolute paths.
-
-    Raises:
-        DataError: a file that is not there.
-    """
-    section = loaded.recipe.data
-    return DataPlan(
-        train=_sources(loaded, "data.train", section.train),
-        eval_split=section.eval.split or None,
-        eval=_sources(loaded, "data.eval.sources", section.eval.sources),
-        test=_sources(loaded, "data.test", section.test) if loaded.recipe.evaluate.generate else (),
-        max_length=section.max_length,
-        packing=section.packing,
-        too_long=section.too_long,
-        on_bad_row=section.on_bad_row,
-        supervise=section.supervise,
-    )
-
-
-def _sources(loaded: LoadedRecipe, key: str, sources: tuple[Source, ...]) -> tuple[SourcePlan, ...]:
-    return tuple(_source(loaded, f"{key}.{i}.path", source) for i, source in enumerate(sources))
-
-
-def _source(loaded: LoadedRecipe, key: str, source: Source) -> SourcePlan:
-    origin = loaded.origins[key]
-    found = resolve_path(source.path, origin)
-    if found is None:
-        raise DataError(
-            f"{origin}: {key}: {source.path} does not exist",
-            hint="paths are looked up beside the recipe, then in the current directory; on the command line: "
-            f"{key}=FILE",
-        )
-    return SourcePlan(path=str(found.resolve()), format=source.format, split=source.split, limit=source.limit)
 
 
 def resolve_method(recipe: Recipe) -> MethodPlan:

@@ -54,7 +54,7 @@ def _data(recipe: Recipe) -> Iterator[Conflict]:
     if data.eval.split in (0.0, 1.0):
         left = "nothing would be held out" if data.eval.split == 0 else "nothing would be left to train on"
         yield Conflict(("data.eval.split",), left, "give a share between 0 and 1, or null for no evaluation")
-    if recipe.evaluate.generate and not data.test:
+    if recipe.evaluate.generate and not data.test.sources and not data.test.split and not data.test.rows:
         keys = ("evaluate.generate", "data.test")
         yield Conflict(keys, "needs data.test", "name a file of held-out rows there, or set evaluate.generate to null")
 

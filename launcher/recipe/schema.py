@@ -7,18 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import Field, PositiveInt
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Auto = Literal["auto"]
-
-
-class Section(BaseModel):
-    """Base of every part of a recipe."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
-    )
+from launcher.recipe.schema_data import Data
+from launcher.recipe.section import Auto, Fraction, Section
 
 
 class Model(Section):
@@ -35,6 +27,11 @@ class Model(Section):
     """Folder or hub id of a tokenizer other than the model's own."""
     chat_template: str | None = None
     """File with a Jinja chat template that replaces the tokenizer's own."""
+    template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables for the chat template, in training and in every answer, such as `{enable_thinking: false}`."""
+    add_tokens: tuple[str, ...] = ()
+    """Control tokens to add to the tokenizer, such as `<|im_start|>`. Their embedding and head rows are trained and
+    exported, with adapters too."""
     attention: Literal["auto", "sdpa", "varlen", "flash"] = "auto"
     """How packed documents are attended: `sdpa` runs anywhere, `varlen` is torch's own on CUDA, `flash` needs
     flash-attn."""
@@ -58,50 +55,6 @@ class Method(Section):
     """Names of the linear layers that get an adapter; `all-linear` is every one but the head."""
     train_last_layers: PositiveInt = 2
     """With `freeze`: how many of the last layers are trained, with the final norm and an untied head."""
-
-
-class Source(Section):
-    """One file or data set of conversations."""
-
-    path: str
-    """A .jsonl file, or a folder written by `datasets.save_to_disk`. Looked up beside the recipe, then in the
-    current directory."""
-    format: Literal["auto", "messages", "alpaca", "prompt_completion", "question_answer"] = "auto"
-    """`auto` tells the format from the columns and says which it took."""
-    split: str | None = None
-    """Which split of a folder that holds several."""
-    limit: PositiveInt | None = None
-    """Take only the first rows."""
-
-
-class EvalData(Section):
-    """Rows whose loss is measured and that are never trained on."""
-
-    split: Fraction | None = None
-    """This share of the training rows, chosen by a hash of each row, so that adding rows moves none."""
-    sources: tuple[Source, ...] = ()
-    """Files of their own, instead of a share."""
-
-
-class Data(Section):
-    """What is trained on."""
-
-    train: tuple[Source, ...] = ()
-    """Files of training conversations."""
-    eval: EvalData = EvalData()
-    """Held-out rows for the evaluation loss."""
-    test: tuple[Source, ...] = ()
-    """Held-out rows that the model answers in words before and after training (`evaluate.generate`)."""
-    max_length: PositiveInt = 2048
-    """Tokens in a row, at most."""
-    packing: bool = True
-    """Put several conversations into one row of `max_length` tokens; they never see each other."""
-    too_long: Literal["drop", "truncate", "stop"] = "drop"
-    """What happens to a conversation of more than `max_length` tokens. Dropped rows are counted and listed."""
-    on_bad_row: Literal["stop", "drop"] = "stop"
-    """What happens to a row that is no JSON or has no assistant turn. Dropped rows are counted and listed."""
-    supervise: Literal["all", "last"] = "all"
-    """Which assistant turns are learned."""
 
 
 class Train(Section):

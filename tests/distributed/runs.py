@@ -13,7 +13,6 @@ import torch.distributed as dist
 from launcher.data.prepare import prepare
 from launcher.model.scratch import create_scratch
 from launcher.plan.plan import (
-    DataPlan,
     LayoutPlan,
     Lifecycle,
     MethodPlan,
@@ -21,12 +20,12 @@ from launcher.plan.plan import (
     OptimizerPlan,
     Plan,
     SchedulePlan,
-    SourcePlan,
     Trajectory,
 )
 from launcher.train.metrics import last_of_each_step
 from launcher.train.verdict import Verdict
 from tests.distributed.tiny import quiet
+from tests.plans import data_plan, held_out, source_plan
 
 STEPS = 20
 GLOBAL_BATCH = 6
@@ -78,18 +77,16 @@ def tiny_run(root: Path, **scratch: Any) -> Plan:
         scratch=LLAMA | scratch,
         tokenizer=None,
         chat_template=None,
+        template_kwargs={},
+        add_tokens=(),
         trust_remote_code=False,
     )
-    data = DataPlan(
-        train=(SourcePlan(path=str(rows), format="messages", split=None, limit=None),),
-        eval_split=0.15,
-        eval=(),
-        test=(),
+    data = data_plan(
+        source_plan(rows, format="messages"),
+        eval=held_out(split=0.15),
         max_length=256,
         packing=False,  # rows of a micro batch are laid end to end all the same
         too_long="stop",
-        on_bad_row="stop",
-        supervise="all",
     )
     facts = prepare(model, data, seed=3, cache_dir=root / "prepared")
     create_scratch(model, Path(facts.folder) / "tokenizer", 3, root / "base")

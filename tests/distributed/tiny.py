@@ -17,7 +17,6 @@ from launcher.plan.batch import batch_layout
 from launcher.plan.deepspeed import deepspeed_config
 from launcher.plan.plan import (
     DataFacts,
-    DataPlan,
     LayoutPlan,
     Lifecycle,
     MethodPlan,
@@ -25,17 +24,17 @@ from launcher.plan.plan import (
     OptimizerPlan,
     Plan,
     SchedulePlan,
-    SourcePlan,
     Trajectory,
 )
 from launcher.train.engine import build_engine, optimizer_step
+from tests.plans import data_plan, source_plan
 
 GLOBAL_BATCH, TOKENS, VOCABULARY = 6, 12, 127  # six rows for 1, 2 or 3 ranks; odd sizes, so that partitions cut rows
 
 
 def tiny_plan(run_dir: Path, zero: int, dtype: Any = "fp32", offload: bool = False, seed: int = 0) -> Plan:
     """A whole Plan; only what the engine and the checkpoint look at means anything."""
-    source = SourcePlan(path=str(run_dir / "rows.jsonl"), format="auto", split=None, limit=None)
+    source = source_plan(run_dir / "rows.jsonl")
     return Plan(
         name="tiny",
         run_dir=str(run_dir),
@@ -49,20 +48,12 @@ def tiny_plan(run_dir: Path, zero: int, dtype: Any = "fp32", offload: bool = Fal
                 scratch={},
                 tokenizer=None,
                 chat_template=None,
+                template_kwargs={},
+                add_tokens=(),
                 trust_remote_code=False,
             ),
             method=MethodPlan(kind="full", rank=None, alpha=None, dropout=None, targets=None, train_last_layers=None),
-            data=DataPlan(
-                train=(source,),
-                eval_split=None,
-                eval=(),
-                test=(),
-                max_length=TOKENS,
-                packing=False,
-                too_long="drop",
-                on_bad_row="stop",
-                supervise="all",
-            ),
+            data=data_plan(source, max_length=TOKENS, packing=False),
             data_content_hash="",
             seed=seed,
             dtype=dtype,

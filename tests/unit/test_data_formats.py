@@ -12,11 +12,7 @@ from launcher.data.formats import Conversation, detect, to_conversation
 from launcher.data.sources import fingerprint, read
 from launcher.data.split import is_held_out
 from launcher.errors import DataError
-from launcher.plan.plan import SourcePlan
-
-
-def source(path: Path, split: str | None = None, limit: int | None = None) -> SourcePlan:
-    return SourcePlan(path=str(path), format="auto", split=split, limit=limit)
+from tests.plans import source_plan as source
 
 
 def conversation(row: dict[str, Any]) -> Conversation:
@@ -159,7 +155,7 @@ def test_datasets_on_disk(tmp_path: Path) -> None:
     both.save_to_disk(tmp_path / "both")
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "one")
     assert list(read(source(tmp_path / "one", limit=2))) == [(f"{tmp_path}/one:{n + 1}", rows[n]) for n in range(2)]
-    assert next(read(source(tmp_path / "both", "test")))[0] == f"{tmp_path}/both/test:1"
+    assert next(read(source(tmp_path / "both", split="test")))[0] == f"{tmp_path}/both/test:1"
     for split, said in [(None, "several splits and none asked for"), ("dev", "no split 'dev'")]:
         with pytest.raises(DataError, match=said) as error:
             list(read(source(tmp_path / "both", split)))

@@ -16,7 +16,9 @@ import pytest
 from launcher.data.prepare import prepare
 from launcher.data.store import Documents, read_packs
 from launcher.errors import DataError, ModelError, RunFolderError
-from launcher.plan.plan import DataFacts, DataPlan, ModelPlan, SourcePlan
+from launcher.plan.plan import DataFacts, DataPlan, ModelPlan
+from tests import plans
+from tests.plans import held_out, source_plan
 
 GSM8K = Path(__file__).parents[2].parent / "shared" / "data" / "gsm8k"
 SENTIMENT = GSM8K.parent / "sentiment" / "rotten_tomatoes.jsonl"
@@ -35,23 +37,14 @@ def write(path: Path, content: list[dict[str, Any]]) -> Path:
     return path
 
 
-def source(path: Path) -> SourcePlan:
-    return SourcePlan(path=str(path), format="auto", split=None, limit=None)
-
-
 def data_plan(train: Path, test: Path | None = None, evaluation: Path | None = None, **changes: Any) -> DataPlan:
+    split = changes.pop("eval_split", 0.1)
     plan: dict[str, Any] = {
-        "train": (source(train),),
-        "eval_split": 0.1,
-        "eval": (source(evaluation),) if evaluation else (),
-        "test": (source(test),) if test else (),
+        "eval": held_out(split, sources=(source_plan(evaluation),) if evaluation else ()),
+        "test": held_out(sources=(source_plan(test),) if test else ()),
         "max_length": 128,
-        "packing": True,
-        "too_long": "drop",
-        "on_bad_row": "stop",
-        "supervise": "all",
     }
-    return DataPlan(**(plan | changes))
+    return plans.data_plan(source_plan(train), **(plan | changes))
 
 
 def model_plan(vocab_size: int = 300, tokenizer: str | None = None, chat_template: str | None = None) -> ModelPlan:
@@ -62,6 +55,8 @@ def model_plan(vocab_size: int = 300, tokenizer: str | None = None, chat_templat
         scratch={"model_type": "llama", "vocab_size": vocab_size},
         tokenizer=tokenizer,
         chat_template=chat_template,
+        template_kwargs={},
+        add_tokens=(),
         trust_remote_code=False,
     )
 
@@ -227,7 +222,7 @@ def test_dropped_rows_are_counted_and_listed(tmp_path: Path) -> None:
     assert listed[0]["detail"].startswith("not JSON: ")
     assert "data.max_length is 128" in listed[2]["detail"]
 
-    cut = data_plan(train, on_bad_row="drop", eval_split=None, too_long="truncate")
+    cut = data_plan(train, on_bad_row="drop", eval_split=None, too_long="truncate_end")
     facts = prepare(model_plan(), cut, seed=1, cache_dir=tmp_path / "cache")
     # The long answer keeps its beginning; the long question has no answer left within the limit.
     assert facts.train_documents == 51
@@ -256,11 +251,11 @@ def test_dropped_rows_are_counted_and_listed(tmp_path: Path) -> None:
             '{"question": "a", "answer": "b"}\n',
             {"max_length": 4, "too_long": "stop"},
             "{path}:1: 1",
-            "data.too_long to drop or truncate",
+            "data.too_long to drop or truncate_end",
         ),
         (
             '{"question": "a", "answer": "b"}\n',
-            {"max_length": 4, "too_long": "truncate"},
+            {"max_length": 4, "too_long": "truncate_end"},
             "no training row is left; dropped: 1 nothing supervised",
             "no supervised token in the first 4",
         ),

@@ -347,6 +347,8 @@ def model_plan(path: str, chat_template: str | None = None) -> ModelPlan:
         scratch=None,
         tokenizer=None,
         chat_template=chat_template,
+        template_kwargs={},
+        add_tokens=(),
         trust_remote_code=False,
     )
 

@@ -211,6 +211,8 @@ def folder_plan(folder: Path) -> ModelPlan:
         scratch=None,
         tokenizer=None,
         chat_template=None,
+        template_kwargs={},
+        add_tokens=(),
         trust_remote_code=False,
     )
 

@@ -21,6 +21,8 @@ def hub_model(path: str, revision: str | None = None) -> ModelPlan:
         scratch=None,
         tokenizer=None,
         chat_template=None,
+        template_kwargs={},
+        add_tokens=(),
         trust_remote_code=False,
     )
 

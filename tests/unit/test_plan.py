@@ -16,7 +16,8 @@ from launcher.plan.batch import batch_layout
 from launcher.plan.deepspeed import deepspeed_config
 from launcher.plan.facts import ClusterFacts, NodeFacts, this_machine
 from launcher.plan.plan import DataFacts, LayoutPlan, Plan
-from launcher.plan.resolve import resolve, resolve_data, resolve_model
+from launcher.plan.resolve import resolve, resolve_model
+from launcher.plan.resolve_data import resolve_data
 from launcher.recipe.load import load
 from tests.distributed.tiny import tiny_plan
 
@@ -225,7 +226,7 @@ def test_how_long_a_run_is(here: Path) -> None:
 
 def test_answers_need_test_rows(here: Path) -> None:
     with pytest.raises(DataError, match="data.test has no usable row"):
-        plan(here, "evaluate.generate.rows=5", "data.test=[{path: rows.jsonl}]", test_documents=0)
+        plan(here, "evaluate.generate.rows=5", "data.test.sources=[{path: rows.jsonl}]", test_documents=0)
 
 
 @given(st.integers(1, 200), st.integers(1, 40), st.integers(1, 17), st.data())

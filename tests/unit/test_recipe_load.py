@@ -75,10 +75,10 @@ def test_a_whole_number_may_have_an_exponent_and_words_are_no_booleans(folder: P
 
 
 def test_overrides_reach_into_lists_and_append(folder: Path) -> None:
-    loaded = load("recipes/base.yaml", ["data.train.0.path=x", "data.train.2.path=y", "data.test.0.path=z"])
+    loaded = load("recipes/base.yaml", ["data.train.0.path=x", "data.train.2.path=y", "data.test.sources.0.path=z"])
     assert [source.path for source in loaded.recipe.data.train] == ["x", "b.jsonl", "y"]
     assert loaded.recipe.data.train[0].format == "messages", "the rest of the element stays"
-    assert loaded.recipe.data.test[0].path == "z"
+    assert loaded.recipe.data.test.sources[0].path == "z"
     assert str(loaded.origin("data.train.2.path")) == "command line"
     assert str(loaded.origin("data.train.0.format")) == "recipes/base.yaml:6"
 

@@ -1,0 +1,117 @@
+"""The data of a Plan: every path absolute, every source of a known kind."""
+
+from __future__ import annotations
+
+import glob
+import re
+from pathlib import Path
+
+from launcher.errors import DataError
+from launcher.plan.plan import AugmentPlan, CleanPlan, DataPlan, HeldOutPlan, SourcePlan
+from launcher.recipe.load import LoadedRecipe, candidates, resolve_path
+from launcher.recipe.schema_data import HeldOut, Source
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::|://)")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def resolve_data(loaded: LoadedRecipe) -> DataPlan:
+    """The data with absolute paths; a hub id keeps the revision that the recipe names.
+
+    Raises:
+        DataError: a file that is not there.
+    """
+    section = loaded.recipe.data
+    clean, augment = section.clean, section.augment
+    file, name = _function(loaded, augment.function)
+    return DataPlan(
+        train=_sources(loaded, "data.train", section.train),
+        eval=_held_out(loaded, "data.eval", section.eval),
+        test=_held_out(loaded, "data.test", section.test),
+        label=section.label,
+        group=section.group,
+        stratify=section.stratify,
+        balance=section.balance,
+        clean=CleanPlan(
+            duplicates=clean.duplicates,
+            near_duplicates=clean.near_duplicates,
+            overlap=clean.overlap,
+            contamination=_sources(loaded, "data.clean.contamination", clean.contamination),
+            min_tokens=clean.min_tokens,
+            max_chars=clean.max_chars,
+            languages=clean.languages,
+            include=clean.include,
+            exclude=clean.exclude,
+            mend_encoding=clean.mend_encoding,
+        ),
+        augment=AugmentPlan(
+            function_file=file,
+            function_name=name,
+            wordings=augment.wordings,
+            truncate_turns=augment.truncate_turns,
+            drop_system=augment.drop_system,
+        ),
+        max_length=section.max_length,
+        packing=section.packing,
+        too_long=section.too_long,
+        on_bad_row=section.on_bad_row,
+        supervise=section.supervise,
+        special_tokens=section.special_tokens,
+        system_turns=section.system_turns,
+    )
+
+
+def _held_out(loaded: LoadedRecipe, key: str, held_out: HeldOut) -> HeldOutPlan:
+    return HeldOutPlan(
+        split=held_out.split or None,
+        rows=held_out.rows,
+        sources=_sources(loaded, f"{key}.sources", held_out.sources),
+    )
+
+
+def _sources(loaded: LoadedRecipe, key: str, sources: tuple[Source, ...]) -> tuple[SourcePlan, ...]:
+    return tuple(_source(loaded, f"{key}.{i}.path", source) for i, source in enumerate(sources))
+
+
+def _source(loaded: LoadedRecipe, key: str, source: Source) -> SourcePlan:
+    rest = source.model_dump(exclude={"path"})
+    if _URL.match(source.path):
+        return SourcePlan(kind="url", path=source.path, **rest)
+    origin = loaded.origins[key]
+    found = resolve_path(source.path, origin)
+    if found is not None:
+        return SourcePlan(kind="local", path=str(found.resolve()), **rest)
+    if glob.has_magic(source.path):
+        return SourcePlan(kind="local", path=_pattern(source.path, loaded, key), **rest)
+    if _HUB_ID.fullmatch(source.path) and not Path(source.path).suffix:
+        return SourcePlan(kind="hub", path=source.path, **rest)
+    raise DataError(
+        f"{origin}: {key}: {source.path} does not exist",
+        hint=f"paths are looked up beside the recipe, then in the current directory; on the command line: {key}=FILE",
+    )
+
+
+def _pattern(pattern: str, loaded: LoadedRecipe, key: str) -> str:
+    """A glob, absolute: beside the recipe or in the current directory, wherever it finds a file."""
+    origin = loaded.origins[key]
+    for path in candidates(pattern, origin):
+        if glob.glob(str(path), recursive=True):
+            return str(path)
+    raise DataError(
+        f"{origin}: {key}: nothing matches {pattern}",
+        hint="a pattern is looked up beside the recipe, then in the current directory",
+    )
+
+
+def _function(loaded: LoadedRecipe, value: str | None) -> tuple[str | None, str | None]:
+    if value is None:
+        return None, None
+    file, _, name = value.rpartition(":")
+    origin = loaded.origins["data.augment.function"]
+    found = resolve_path(file, origin) if file else None
+    if found is None or not found.is_file() or not name.isidentifier():
+        raise DataError(
+            f"{origin}: data.augment.function: {value!r} names no function in a file",
+            hint="write it as file.py:name; the file is looked up beside the recipe",
+        )
+    return str(found.resolve()), name
