@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def cross_entropy_sum(logits_SV: Tensor, targets_S: Tensor) -> tuple[Tensor, Tensor]:
+def cross_entropy_sum(
+    logits_SV: Tensor, targets_S: Tensor, weights_S: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Sum of -log softmax(logits)[target] in fp32, and how many targets were the most likely token.
 
     A sum, not a mean: a mean over one micro batch, averaged over micro batches and ranks, weighs tokens by the
@@ -19,11 +21,15 @@ def cross_entropy_sum(logits_SV: Tensor, targets_S: Tensor) -> tuple[Tensor, Ten
     Args:
         logits_SV: [S, V], any floating dtype; S may be 0
         targets_S: [S] int64
+        weights_S: [S] fp32, what each target counts in the sum; None: 1 each
 
     Returns:
         loss sum, [] fp32, differentiable; correct tokens, [] fp32
     """
-    loss = F.cross_entropy(logits_SV.float(), targets_S, reduction="sum")
+    if weights_S is None:
+        loss = F.cross_entropy(logits_SV.float(), targets_S, reduction="sum")
+    else:
+        loss = (F.cross_entropy(logits_SV.float(), targets_S, reduction="none") * weights_S).sum()
     with torch.no_grad():
         # max, not argmax: the same index, and four times as fast on a CPU in bf16.
         correct = (logits_SV.max(-1).indices == targets_S).sum().float()

@@ -145,10 +145,10 @@ def trl(plan: Plan, starter: Starter, leaking: bool, dtype: str) -> None:
 
 def labelled_documents(plan: Plan) -> Iterator[dict[str, Any]]:
     """Our prepared documents as TRL takes tokenized rows: labels are -100 where nothing is learned."""
-    from launcher.data.store import Documents
+    from launcher.data.store import Documents, Set
 
-    documents = Documents(Path(plan.data.folder) / "train.arrow")
-    for index in range(len(documents)):
+    documents = Documents(plan.data.folder)
+    for index in (documents.sets == Set.TRAIN).nonzero()[0].tolist():
         ids, supervised = documents.input_ids(index), documents.supervised(index)
         labels = [int(token) if taught else -100 for token, taught in zip(ids, supervised, strict=True)]
         yield {"input_ids": ids.tolist(), "labels": labels}

@@ -62,7 +62,7 @@ def timed_steps(parts: Parts) -> Iterator[StepTime]:
         cpu_s = time.process_time()
         global_batch = parts.train_data.global_batch(step)
         rate = plan.trajectory.optimizer.lr * lr_factor(plan.trajectory.schedule, step, plan.lifecycle.total_steps)
-        result = optimizer_step(parts, step, global_batch.supervised_tokens, rate)
+        result = optimizer_step(parts, step, global_batch, rate)
         seconds = parts.watch.lap()
         yield StepTime(
             seconds, time.process_time() - cpu_s, global_batch.tokens, global_batch.supervised_tokens, result.loss

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,75 +12,227 @@ import typer
 
 from launcher.cli import render
 from launcher.cli.arguments import Json, Overrides, RecipeName
+from launcher.cli.data_rows import DroppedRow, Row, SetName, ShownDocument, dropped_rows, rows
+from launcher.cli.data_tables import Chart, Table, charts, fact_table, short, tables, work
 
 if TYPE_CHECKING:
-    from launcher.data.loader import MicroBatch
+    from rich.text import Text
+
+    from launcher.data.report import Report
+    from launcher.plan.plan import DataFacts
+
+SHOWN_ROWS, SHOWN_DROPPED = 3, 20
+LEARNED, CONTROL, LEARNED_CONTROL = "green", "dim magenta", "green reverse"
+_TRAILING = re.compile(r"([^\S\n]+(?=\n|\Z))")
+"""White space that nobody sees: before a line break, a control token or a change between prompt and answer."""
 
 
 def command(
     recipe: RecipeName,
     overrides: Overrides = None,
-    rows: Annotated[int, typer.Option("--rows", help="How many rows to show")] = 3,
+    number: Annotated[
+        int | None,
+        typer.Option("--rows", min=0, help=f"How many to show [default: {SHOWN_ROWS}; {SHOWN_DROPPED} with --dropped]"),
+    ] = None,
+    which: Annotated[SetName, typer.Option("--set", help="Rows of which set")] = "train",
+    dropped: Annotated[bool, typer.Option("--dropped", help="Show the rows that were left out, and why")] = False,
+    find: Annotated[
+        str | None, typer.Option("--find", metavar="TEXT", help="Only documents with TEXT in them or in their place")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write a page with plots, to be opened in a browser")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show rows as the model will see them: what it learns is green, or between >> and << without colour."""
+    """Show rows as the model will see them, and what the data is like.
+
+    What the model learns is green, or between >> and << without colour; control tokens, which only the chat template
+    writes, have a colour of their own, or the same text in a message a backslash before it.
+    """
     from launcher.cli.progress import preparing
-    from launcher.driver.start import decide, new_run_folder
+    from launcher.data.findings import findings
+    from launcher.data.report import Report
+    from launcher.driver.start import decide, new_run_folder, run_name
     from launcher.recipe.load import load
 
     loaded = load(recipe, overrides or ())
-    with preparing(render.err()) as report:
-        facts = decide(loaded, new_run_folder(loaded, None), report).facts
+    with preparing(render.err()) as say:
+        facts = decide(loaded, new_run_folder(loaded, None), say).facts
+    folder, seed = Path(facts.folder), loaded.recipe.train.seed
+    report = Report.load(folder / "report.json")
+    found = findings(report) if report else []
+    if report is None:
+        render.note("prepared by another version of Slipway: there are no statistics, only counts")
+    limit = number if number is not None else SHOWN_DROPPED if dropped else SHOWN_ROWS
+    left_out = list(islice(_matching(folder, find if dropped else None), limit if dropped or html else 0))
+    shown: Iterable[Row] = ()
+    if find is not None and not dropped and (html or not as_json):
+        with preparing(render.err()) as say:
+            shown = list(rows(folder, which, seed, limit, find, say))
+    elif not dropped:
+        shown = rows(folder, which, seed, limit)
+
+    if html is not None:
+        from launcher.cli.data_html import page, write
+
+        content = page(run_name(loaded), facts, report, found, which, list(shown), left_out, dropped_rows(folder))
+        write(html, content)
+        if not as_json:
+            _print(str(html))
     if as_json:
-        render.print_json(facts.model_dump(mode="json"))
-        return
-
-    from transformers import AutoTokenizer
-
-    from launcher.data.loader import TrainData
-    from launcher.plan.batch import BatchLayout
-
-    tokenizer = AutoTokenizer.from_pretrained(Path(facts.folder) / "tokenizer")
-    shown = min(rows, facts.train_rows)
-    batches = TrainData(facts.folder, 1, loaded.recipe.train.seed)
-    for step in range(shown):
-        show(tokenizer, next(batches.micro_batches(step, BatchLayout(1, 1, 1), 0)))
-    render.print_columns(
-        [
-            ("documents", f"{facts.train_documents:,}"),
-            ("rows", f"{facts.train_rows:,}"),
-            ("tokens", f"{facts.train_tokens:,}"),
-            ("supervised", f"{facts.train_supervised_tokens / facts.train_tokens:.1%}"),
-            ("held out", f"{facts.eval_documents:,}"),
-            *((f"left out: {reason}", f"{count:,}") for reason, count in facts.dropped.items()),
-            *((f"format of {path}", kind) for path, kind in facts.formats.items()),
-            ("prepared in", facts.folder),
-        ]
-    )
+        value: dict[str, Any] = {
+            "facts": facts.model_dump(mode="json"),
+            "report": report.model_dump(mode="json") if report else None,
+            "findings": found,
+        }
+        render.print_json(value | ({"dropped": [vars(row) for row in left_out]} if dropped else {}))
+    elif html is None and dropped:
+        _show_dropped(left_out, sum(facts.dropped.values()), folder)
+    elif html is None:
+        _show_rows(shown, find)
+        if find is None:
+            _show_report(facts, report, found)
 
 
-def show(tokenizer: Any, batch: MicroBatch) -> None:
-    """One row: each document under its place, its supervised tokens marked."""
+def _matching(folder: Path, find: str | None) -> Iterator[DroppedRow]:
+    wanted = (find or "").casefold()
+    return (row for row in dropped_rows(folder) if any(wanted in text.casefold() for text in vars(row).values()))
+
+
+def _show_rows(shown: Iterable[Row], find: str | None) -> None:
+    """Rows, and what their colours mean."""
+    some = False
+    for row in shown:
+        _show(row)
+        some = True
+    if some:
+        _show_legend()
+    elif find is not None:
+        render.note(f"no document of this set holds {find!r}")
+
+
+def _show(row: Row) -> None:
+    """A row's documents, each under its place."""
+    if len(row) > 1:
+        num_tokens = sum(document.num_tokens for document in row)
+        _print(f"=== a row of {len(row)} documents, {num_tokens:,} tokens", "dim")
+    for document in row:
+        spelled_out = f", spelled out in it: {' '.join(document.spelled_out)}" if document.spelled_out else ""
+        learned = f"{document.num_tokens:,} tokens, {document.num_learned:,} learned"
+        _print(f"--- {document.where}, {learned}{spelled_out}", "dim")
+        render.out().print(_text(document))
+        if document.answer is not None:
+            _print("--- expected answer", "dim")
+            _print(document.answer)
+
+
+def _text(document: ShownDocument) -> Text:
+    """A document's words in the style of their kind, or with marks where there is no colour."""
     from rich.text import Text
 
-    learned = set((batch.supervised_index + 1).tolist())
-    bounds = batch.cu_seqlens.tolist()
+    text = Text()
+    colour = _coloured()
+    for learned, run in groupby(document.pieces, key=lambda piece: piece.learned):
+        text.append(">>" if learned and not colour else "")
+        for control, pieces in groupby(run, key=lambda piece: piece.control):
+            words = "".join(piece.text for piece in pieces)
+            if control:
+                text.append(render.printable(words), LEARNED_CONTROL if learned else CONTROL)
+                continue
+            for spelled_out in () if colour else document.spelled_out:
+                words = words.replace(spelled_out, "\\" + spelled_out)
+            _append(text, words, LEARNED if learned else "")
+        text.append("<<" if learned and not colour else "")
+    if text.plain.endswith("\n"):
+        text.right_crop(1)
+        text.append(_mark("\n"), "dim")
+    return text
+
+
+def _append(text: Text, words: str, style: str) -> None:
+    """Add words, white space at the ends of their lines made visible."""
+    for i, stretch in enumerate(_TRAILING.split(words)):
+        if i % 2:
+            text.append("".join(map(_mark, stretch)), f"{style} dim")
+        else:
+            text.append(render.printable(stretch), style)
+
+
+def _mark(space: str) -> str:
+    """What white space is shown as."""
+    marks = {} if render.ascii_only() else {" ": "·", "\t": "→", "\n": "↵"}
+    return marks.get(space) or f"\\x{ord(space):02x}"
+
+
+def _coloured() -> bool:
     console = render.out()
-    marks = ("", "") if console.is_terminal and not console.no_color else (">>", "<<")
-    for where, start, stop in zip(batch.where, bounds, bounds[1:], strict=False):
-        text = Text(f"--- {where}, {stop - start} tokens\n", style="dim")
-        for supervised, ids in runs(batch.input_ids[0, start:stop].tolist(), start, learned):
-            words = tokenizer.decode(ids, skip_special_tokens=False)
-            text.append(f"{marks[0]}{words}{marks[1]}" if supervised else words, style="green" if supervised else "")
-        console.print(text)
+    return console.color_system is not None and not console.no_color
 
 
-def runs(ids: list[int], start: int, learned: set[int]) -> list[tuple[bool, list[int]]]:
-    """Neighbouring tokens of one kind together: (supervised, token ids)."""
-    found: list[tuple[bool, list[int]]] = []
-    for position, token in enumerate(ids, start):
-        supervised = position in learned
-        if not found or found[-1][0] != supervised:
-            found.append((supervised, []))
-        found[-1][1].append(token)
-    return found
+def _show_legend() -> None:
+    """Which style is what."""
+    from rich.text import Text
+
+    if _coloured():
+        parts = [("learned", LEARNED), ("<control token>", CONTROL), ("<learned control token>", LEARNED_CONTROL)]
+        render.out().print(Text("   ").join([Text("---", "dim"), *(Text(*part) for part in parts)]))
+
+
+def _show_dropped(left_out: list[DroppedRow], total: int, folder: Path) -> None:
+    """Rows that were left out, each with its reason."""
+    for row in left_out:
+        _print(f"{row.where}: {row.reason}" + (f": {row.detail}" if row.detail else ""))
+        if row.text:
+            _print(f"    {short(row.text)}", "dim")
+    _print(f"{len(left_out):,} of {total:,} rows that were left out; all are in {folder / 'dropped.jsonl'}", "dim")
+
+
+def _show_report(facts: DataFacts, report: Report | None, found: Sequence[str]) -> None:
+    """What the data is like; only counts where there is no report."""
+    for table in tables(report, dropped_rows(Path(facts.folder))) if report else [fact_table(facts)]:
+        _show_table(table)
+    for chart in charts(report, coarse=True) if report else []:
+        _show_chart(chart)
+    if found:
+        print()
+        _print("findings", "bold")
+        for finding in found:
+            _print(f"- {finding}")
+    print()
+    if report:
+        _print(f"prepared in {work(report)}")
+    _print(f"kept in {facts.folder}")
+
+
+def _show_table(table: Table) -> None:
+    print()
+    _print(table.title, "bold")
+    render.print_table(table.header, table.rows, table.align)
+
+
+def _show_chart(chart: Chart) -> None:
+    """A bar a bin for the first series, with its counts and shares; shares alone for another."""
+    print()
+    _print(chart.title, "bold")
+    (name, counts), *others = chart.series.items()
+    figures = [[f"{count:,}", _share(count, sum(counts))] for count in counts]
+    for _, other in others:
+        for cells, count in zip(figures, other, strict=True):
+            cells.append(_share(count, sum(other)))
+    header = (name, "", *(other for other, _ in others)) if others else ("",) * 2
+    used = max(map(len, chart.labels)) + sum(max(map(len, column)) + 2 for column in zip(header, *figures, strict=True))
+    width = max(min(render.out().width - used - 2, 40), 8)
+    table = [
+        (label, render.bar(count / max(*counts, 1), width), *cells)
+        for label, count, cells in zip(chart.labels, counts, figures, strict=True)
+    ]
+    render.print_table(("", "", *header), table, "rlr" + "r" * (len(header) - 1))
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "-"
+
+
+def _print(text: str, style: str = "") -> None:
+    """A line of text on stdout, nothing in it obeyed."""
+    render.out().print(render.printable(text), markup=False, emoji=False, style=style)

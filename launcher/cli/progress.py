@@ -95,20 +95,31 @@ class RunDisplay:
 
 @contextlib.contextmanager
 def preparing(console: Console) -> Iterator[Any]:
-    """A reporter for the preparation: a bar for each of its phases."""
+    """A reporter for the preparation: a bar with the time left for each of its phases, or a line now and then."""
     with Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
+        TextColumn("rows, left"),
+        TimeRemainingColumn(),
         console=console,
         transient=True,
         disable=not console.is_terminal,
+        # No thread of its own: preparation forks, and a lock that a thread holds then stays locked in the child.
+        auto_refresh=False,
     ) as bar:
         tasks: dict[str, Any] = {}
+        last_line = time.monotonic()
 
         def report(what: str, done: int, total: int | None) -> None:
+            nonlocal last_line
             if what not in tasks:
                 tasks[what] = bar.add_task(what, total=total)
             bar.update(tasks[what], completed=done, total=total)
+            bar.refresh()
+            if not console.is_terminal and time.monotonic() - last_line > LINE_EVERY_S:
+                last_line = time.monotonic()
+                of = f" of {total:,}" if total is not None else ""
+                console.print(f"{what}: {done:,}{of} rows", highlight=False)
 
         yield report

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,10 @@ from launcher.errors import Interrupted, RecipeError, SlipwayError
 
 if TYPE_CHECKING:  # rich is a third of what `slipway check` may take to start
     from rich.console import Console
+
+_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+"""Control characters but tab and newline, marks that turn the direction of writing, halves of surrogate pairs."""
+_EIGHTHS = " \u258f\u258e\u258d\u258c\u258b\u258a\u2589\u2588"
 
 
 @cache
@@ -31,7 +37,7 @@ def err() -> Console:
 
 def print_json(value: Any) -> None:
     """One JSON value on stdout, for `--json`."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(json.dumps(value, indent=2, ensure_ascii=ascii_only()))
 
 
 def print_columns(rows: Sequence[Sequence[str]]) -> None:
@@ -39,6 +45,48 @@ def print_columns(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> None:
+    """Rows on stdout, two spaces apart, under a header unless it is empty; `align`: l or r for each column."""
+    from rich.cells import cell_len
+
+    lines = [[printable(cell) for cell in row] for row in (header, *rows) if any(row)]
+    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    for number, row in enumerate(lines):
+        is_header = any(header) and not number
+        cells = []
+        for cell, width, side in zip(row, widths, align, strict=True):
+            room = " " * (width - cell_len(cell))
+            cells.append(room + cell if side == "r" else cell + room)
+        out().print("  ".join(cells).rstrip(), markup=False, emoji=False, style="dim" if is_header else "")
+
+
+def bar(share: float, width: int) -> str:
+    """A bar of `share`, 0 to 1, of `width` cells: to an eighth of a cell, or of # where only ASCII can be shown."""
+    if ascii_only():
+        return "#" * (round(share * width) or int(share > 0))
+    whole, rest = divmod(max(round(share * width * 8), int(share > 0)), 8)
+    return _EIGHTHS[8] * whole + _EIGHTHS[rest] * (rest > 0)
+
+
+def ascii_only() -> bool:
+    """Whether stdout takes nothing but ASCII for sure."""
+    return not (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+
+
+def visible(text: str) -> str:
+    """`text` without anything that a terminal or page would obey rather than show: such characters as \\x1b or \\u202e.
+
+    Line breaks and tabs stay.
+    """
+    return _INVISIBLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def printable(text: str) -> str:
+    """`text` with what is not `visible`, and what stdout cannot encode, written as escapes."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return visible(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def note(message: str) -> None:

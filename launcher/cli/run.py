@@ -31,7 +31,7 @@ def command(
     loaded = load(recipe, overrides or ())
     folder = new_run_folder(loaded, run_dir)
     with preparing(render.err()) as report:
-        decided = decide(loaded, folder, report)
+        decided = decide(loaded, folder, report, address)
 
     with claimed(folder), closing(base_model_process(decided)) as base_model:
 

@@ -56,6 +56,14 @@ class Conversation:
         """The assistant's last words, or the text."""
         return self.messages[-1].content if self.messages else self.text or ""
 
+    @property
+    def words(self) -> str:
+        """Everything that is said, a line a message: what is filtered by and compared."""
+        if self.text is not None:
+            return self.text
+        said = (part for message in self.messages for part in (message.reasoning, message.content) if part)
+        return "\n".join(said)
+
     def digest(self, without_answer: bool = False) -> bytes:
         """16 bytes that equal words have in common, wherever they stand; `without_answer`: of what is asked."""
         if self.text is not None:

@@ -1,165 +1,223 @@
-"""Rows of the four common shapes of instruction data, turned into conversations.
+"""Rows of the shapes that instruction data comes in, turned into conversations.
 
-| format            | columns                                                    |
-|-------------------|------------------------------------------------------------|
-| messages          | `messages`: list of {role, content}, as OpenAI writes them |
-| alpaca            | `instruction`, `input` (may be missing or empty), `output` |
-| prompt_completion | `prompt`, `completion`                                     |
-| question_answer   | `question`, `answer`                                       |
+| format            | told by these columns                                 | may have too                       |
+|-------------------|-------------------------------------------------------|------------------------------------|
+| messages          | `messages`, `conversations` or `conversation`:        | `tools` or `functions`             |
+|                   | list of {role, content}, as OpenAI writes them        |                                    |
+| sharegpt          | the same columns: list of {from, value}               | `tools` or `functions`             |
+| self_instruct     | `instruction`, `instances`: list of {input, output},  |                                    |
+|                   | each of them a conversation                           |                                    |
+| alpaca            | `instruction`, `output`                               | `input`, `history`: list of pairs  |
+| prompt_completion | `prompt` and `completion` or `response`: two texts,   | `tools` or `functions` with lists  |
+|                   | or two lists of messages                              | of messages                        |
+| question_answer   | `question`, `answer`                                  |                                    |
+| classification    | `text`, `label`                                       |                                    |
+| text              | `text`, beside nothing but `id`, `meta`, `metadata`,  |                                    |
+|                   | `url` or `timestamp`                                  |                                    |
+
+All but text may have `system`, the system prompt. Other columns are not read.
+
+A list of messages comes before every other format, since data sets often keep the texts that it was made of beside it.
+Which of its two formats it is say the keys of the first message; the column's name where those say nothing. Of the
+others exactly one must fit: a row of two is refused, and `format` or `columns` in the recipe say which is meant. `text`
+comes last. The first good row of a source decides for all of it.
+
+What follows a row's last answer is left off. See messages.py for what is read from a message, values.py for what is no
+text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any, Literal
 
+from launcher.data.conversation import Conversation, Message
+from launcher.data.messages import SYSTEM, written_as_sharegpt
+from launcher.data.shapes import BESIDE_TEXT, CHAT, SHAPES
+from launcher.data.values import bad_row, is_blank, listed, refuse_media, scalar, text
 from launcher.errors import DataError
+from launcher.plan.plan import SourcePlan
 
-Format = Literal["messages", "alpaca", "prompt_completion", "question_answer"]
-Message = tuple[str, str]
+Format = Literal[
+    "messages",
+    "sharegpt",
+    "self_instruct",
+    "alpaca",
+    "prompt_completion",
+    "question_answer",
+    "classification",
+    "text",
+]
 
-REQUIRED: dict[Format, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "alpaca": ("instruction", "output"),
-    "prompt_completion": ("prompt", "completion"),
-    "question_answer": ("question", "answer"),
+TELLING: tuple[tuple[Format, tuple[str, ...]], ...] = (
+    ("self_instruct", ("instruction", "instances")),
+    ("alpaca", ("instruction", "output")),
+    ("prompt_completion", ("prompt", "completion")),
+    ("prompt_completion", ("prompt", "response")),
+    ("question_answer", ("question", "answer")),
+    ("classification", ("text", "label")),
+)
+"""Columns that tell a format; of these exactly one must fit."""
+_TOOLS = ("tools", "functions", "system")
+NAMES: dict[Format, tuple[str, ...]] = {
+    "messages": (*CHAT["messages"], *_TOOLS),
+    "sharegpt": (*CHAT["sharegpt"], *_TOOLS),
+    "self_instruct": ("instruction", "instances", "system"),
+    "alpaca": ("instruction", "output", "input", "history", "system"),
+    "prompt_completion": ("prompt", "completion", "response", *_TOOLS),
+    "question_answer": ("question", "answer", "system"),
+    "classification": ("text", "label", "system"),
+    "text": ("text",),
 }
-ROLES = ("system", "developer", "user", "assistant", "tool")
-_KNOWN = "; ".join(f"{name} ({', '.join(columns)})" for name, columns in REQUIRED.items())
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Who said what: `messages` are (role, content) pairs and the last one is an assistant's."""
-
-    messages: tuple[Message, ...]
-    where: str = ""
-    """`file:line` of the row, for messages to the user."""
-
-    @property
-    def answer(self) -> str:
-        """The assistant's last words."""
-        return self.messages[-1][1]
+"""Every column that a format knows: what `columns` in the recipe may name."""
+_KNOWN = "; ".join(
+    [
+        f"messages or sharegpt ({', '.join(CHAT['messages'])})",
+        *(f"{name} ({', '.join(columns)})" for name, columns in TELLING),
+        "text (text alone)",
+    ]
+)
 
 
 def detect(columns: Iterable[str], where: str = "") -> Format:
-    """The format whose required columns are all there. Raises DataError, naming the columns, where none is."""
-    present = set(columns)
-    for name, required in REQUIRED.items():
-        if present.issuperset(required):
-            return name
-    found = ", ".join(sorted(present)) or "none"
-    raise DataError(_at(where, f"the format cannot be told from the columns: {found}"), hint=f"known formats: {_KNOWN}")
+    """The format of a row, of which a mapping tells more than its names alone; see the table above. `renamed` first.
 
-
-def to_conversation(row: Mapping[str, Any], format: Format, where: str = "") -> Conversation:
-    """One row as a conversation; what follows the last assistant turn is left off, since nothing in it can be learned.
-
-    Raises DataError, beginning with `where`, for a missing column, a value of another type, an empty text or a
-    conversation without an assistant turn.
+    Raises DataError, naming the columns, where none or more than one fits.
     """
-    missing = [column for column in REQUIRED[format] if column not in row]
+    present = set(columns)
+    chats = [column for column in CHAT["messages"] if column in present]
+    if len(chats) == 1:
+        sharegpt = written_as_sharegpt(columns[chats[0]]) if isinstance(columns, Mapping) else None
+        return "sharegpt" if (chats[0] != "messages" if sharegpt is None else sharegpt) else "messages"
+    fitting = [(name, needed) for name, needed in TELLING if present.issuperset(needed)]
+    if len(fitting) == 1 and not chats:
+        return fitting[0][0]
+    if not fitting and not chats and "text" in present and BESIDE_TEXT.issuperset(present):
+        return "text"
+    found = listed(sorted(present))
+    if chats or fitting:
+        several = " and ".join(chats or [f"{name} ({', '.join(needed)})" for name, needed in fitting])
+        raise bad_row(
+            where,
+            f"the format cannot be told from the columns: {found}; there are {several}",
+            "say which is meant with the source's format",
+        )
+    raise bad_row(where, f"the format cannot be told from the columns: {found}", _what_lacks(present))
+
+
+def check_source(source: SourcePlan, format: Format | None, *others: str | None) -> None:
+    """Raise DataError where the recipe says what has no meaning for rows of `format`; None: for rows of any.
+
+    `others` are names that `columns` may give in every format: those of `data.label` and `data.group`.
+    """
+    known = {name for names in ([NAMES[format]] if format else NAMES.values()) for name in names}
+    known.update(name for name in others if name is not None)
+    for name in source.columns:
+        if name not in known:
+            near = get_close_matches(name, sorted(known), n=1)
+            does_not = f"the format {format} has no" if format else "no format has a"
+            raise DataError(
+                f"{source.path}: columns.{name}: {does_not} column {name!r}",
+                hint=f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}",
+            )
+    meant = {
+        "instruction": ("classification",),
+        "labels": ("classification",),
+        "system": tuple(name for name in NAMES if name != "text"),
+    }
+    for key, formats in meant.items():
+        if format is not None and format not in formats and getattr(source, key):
+            raise DataError(
+                f"{source.path}: {key}: a row of format {format} has no place for it",
+                hint=f"leave it out; it is for {', '.join(formats)}",
+            )
+
+
+def renamed(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Mapping[str, Any]:
+    """The row with the format's names for the file's, which go. Raises DataError where it lacks one of them."""
+    if not columns:
+        return row
+    missing = [column for column in columns.values() if column not in row]
     if missing:
-        raise DataError(
-            _at(where, f"no {' and no '.join(repr(column) for column in missing)} in a row of format {format}"),
-            hint="every row of a file has the same columns; give data.*.format where `auto` took the wrong one",
+        raise bad_row(
+            where,
+            f"no column {missing[0]!r}, which the recipe's columns name",
+            f"the row has {listed(row)}",
         )
-    match format:
-        case "messages":
-            return Conversation(_messages(row["messages"], where), where)
-        case "alpaca":
-            request = _text(row, "instruction", where)
-            if row.get("input") not in (None, ""):
-                request += "\n\n" + _text(row, "input", where)
-            return _pair(request, _text(row, "output", where), where)
-        case "prompt_completion":
-            return _pair(_text(row, "prompt", where), _text(row, "completion", where), where)
-        case "question_answer":
-            return _pair(_text(row, "question", where), _text(row, "answer", where), where)
+    theirs = set(columns.values())
+    kept = {name: value for name, value in row.items() if name not in theirs}
+    return kept | {name: row[column] for name, column in columns.items()}
 
 
-def _pair(request: str, answer: str, where: str) -> Conversation:
-    return Conversation((("user", request), ("assistant", answer)), where)
+def to_conversations(
+    row: Mapping[str, Any],
+    format: Format,
+    source: SourcePlan,
+    where: str = "",
+    label: str | None = None,
+    group: str | None = None,
+) -> list[Conversation]:
+    """A row of `format` as conversations: several for self_instruct, one for every other format.
+
+    `label` and `group` name columns, by the file's names or the format's, whose values every conversation gets as text;
+    a classification row's label is its own answer unless another column is named.
+    Raises DataError, beginning with `where`, for a row that lacks a column, for values that cannot be learned, for a
+    conversation without an assistant turn, and for a missing label or group.
+    """
+    named = row
+    if source.columns:
+        if not (source.columns.keys() - {label, group}).issubset(NAMES[format]):
+            check_source(source, format, label, group)
+        named = renamed(row, source.columns, where)
+    if format != "text":
+        refuse_media(named, "", where)
+    found = SHAPES[format](named, source, where)
+    if format != "text" and (source.system or "system" in named):
+        found = [replace(one, messages=_with_system(one.messages, named, source, where)) for one in found]
+    if label is not None and (format != "classification" or label not in ("label", source.columns.get("label"))):
+        value = _class(label, row, named, where)
+        found = [replace(one, label=value) for one in found]
+    if group is not None:
+        value = _class(group, row, named, where)
+        found = [replace(one, group=value) for one in found]
+    return found
 
 
-def _text(row: Mapping[str, Any], column: str, where: str) -> str:
-    value = row[column]
-    if not isinstance(value, str):
-        raise DataError(
-            _at(where, f"{column!r} is {_kind(value)}, not text"), hint="write it as a JSON string, between quotes"
+def _with_system(
+    messages: tuple[Message, ...], row: Mapping[str, Any], source: SourcePlan, where: str
+) -> tuple[Message, ...]:
+    """The messages behind the row's system prompt, or behind the recipe's where the row has none."""
+    own = None if is_blank(row.get("system")) else text(row["system"], "'system'", where)
+    prompt = own or source.system
+    if not prompt:
+        return messages
+    turn = next((message.content for message in messages if message.role in SYSTEM), None)
+    if turn is None:
+        return (Message("system", prompt), *messages)
+    if own is not None and own != turn:
+        raise bad_row(where, "a system turn and another text in 'system'", "keep one of them")
+    return messages
+
+
+def _class(column: str, row: Mapping[str, Any], named: Mapping[str, Any], where: str) -> str:
+    """The text of a label or group, by the file's name of its column or by the format's."""
+    place = row if column in row else named
+    if column not in place:
+        raise bad_row(
+            where,
+            f"no column {column!r}, which data.label or data.group names",
+            f"the row has {listed(row)}",
         )
-    return _speakable(value, repr(column), where)
+    return scalar(place[column], column, where)
 
 
-def _speakable(text: str, name: str, where: str) -> str:
-    if not text.strip():
-        raise DataError(_at(where, f"{name} is empty"), hint="fill it in, or leave the row out")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            _at(where, f"{name} holds half of a surrogate pair, which is no character"),
-            hint="the text was cut inside an emoji or read with the wrong encoding; write the file as UTF-8",
-        ) from error
-    return text
-
-
-def _messages(value: Any, where: str) -> tuple[Message, ...]:
-    if not isinstance(value, list):
-        raise DataError(
-            _at(where, f"'messages' is {_kind(value)}, not a list"), hint="[{role: ..., content: ...}, ...]"
-        )
-    messages = [_message(item, number, where) for number, item in enumerate(value)]
-    spoken = [message for message in messages if message is not None]
-    while spoken and spoken[-1][0] != "assistant":
-        spoken.pop()
-    if not spoken:
-        raise DataError(
-            _at(where, "no assistant turn, so there is nothing to learn"),
-            hint="a conversation needs a message whose role is assistant; data.on_bad_row=drop leaves such rows out",
-        )
-    return tuple(spoken)
-
-
-def _message(item: Any, number: int, where: str) -> Message | None:
-    """One message; None for one that says nothing, such as an empty system prompt."""
-    name = f"messages[{number}]"
-    if not isinstance(item, Mapping) or "role" not in item:
-        raise DataError(_at(where, f"{name} is no object with a role"), hint='{"role": "user", "content": "..."}')
-    role = item["role"]
-    if role not in ROLES:
-        raise DataError(_at(where, f"{name} has the unknown role {role!r}"), hint=f"known roles: {', '.join(ROLES)}")
-    if item.get("tool_calls"):
-        raise DataError(
-            _at(where, f"{name} calls a tool, and calls cannot be learned yet"),
-            hint="write the call as the assistant's content, or leave the row out",
-        )
-    content = item.get("content")
-    if isinstance(content, list):  # OpenAI's content parts
-        content = _joined(content, name, where)
-    if content is None or content == "":
-        if role in ("system", "developer", "tool"):
-            return None
-        raise DataError(_at(where, f"the {role}'s {name} is empty"), hint="fill it in, or leave the row out")
-    if not isinstance(content, str):
-        raise DataError(_at(where, f"{name}.content is {_kind(content)}, not text"), hint="write it as a JSON string")
-    return role, _speakable(content, f"{name}.content", where)
-
-
-def _joined(parts: list[Any], name: str, where: str) -> str:
-    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in parts]
-    if not all(isinstance(text, str) for text in texts):
-        raise DataError(
-            _at(where, f"{name}.content has a part that is not text"), hint="images and sound cannot be trained on"
-        )
-    return "".join(str(text) for text in texts)
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", bool: "a truth value", int: "a number", float: "a number", str: "text"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
-
-
-def _at(where: str, message: str) -> str:
-    return f"{where}: {message}" if where else message
+def _what_lacks(present: set[str]) -> str:
+    """What the format that fits best still needs, then what every format needs."""
+    name, needed = max(TELLING, key=lambda telling: len(present.intersection(telling[1])))
+    missing = [column for column in needed if column not in present]
+    if len(missing) == len(needed):
+        return f"name the columns with the source's columns: {{prompt: ..., completion: ...}}; known formats: {_KNOWN}"
+    other = ", ".join(f"{column}: ..." for column in missing)
+    return f"{name} needs the source's columns: {{{other}}} too; known formats: {_KNOWN}"

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from launcher.data.store import Documents, read_packs
+from launcher.data.store import Documents, read_lists
 from launcher.plan.batch import BatchLayout
 
 
@@ -39,6 +39,8 @@ class MicroBatch:
     """[S] int64: positions in the flat row whose next token, of the same document, is a target."""
     targets: Tensor
     """[S] int64: those next tokens."""
+    weights: Tensor | None
+    """[S] fp32: what each target counts in the loss; None: 1 each."""
     where: tuple[str, ...]
     """`file:line` of each document."""
     num_tokens: int
@@ -50,9 +52,11 @@ class GlobalBatch:
     """What one optimizer step learns from, whatever the ranks."""
 
     rows: tuple[int, ...]
-    """Row indices in order."""
+    """Row indices, the ones that cost most attention first."""
     supervised_tokens: int
-    """Targets in all of them: the loss is their mean."""
+    """Targets in all of them."""
+    weight: float
+    """Sum of the targets' weights, `supervised_tokens` where each weighs 1: the loss is the mean by weight."""
     tokens: int
     epoch: int
 
@@ -73,8 +77,10 @@ class TrainData:
     """Training rows in an order that is a pure function of (data, seed, global batch size): see E3."""
 
     def __init__(self, folder: Path | str, global_batch_size: int, seed: int) -> None:
-        self._documents = Documents(Path(folder) / "train.arrow")
-        self._packs = read_packs(Path(folder) / "packs.arrow")
+        self._documents = documents = Documents(folder)
+        self._packs = read_lists(Path(folder) / "packs.arrow")
+        self._costs = self._packs.sums(attention_cost(documents.lengths))
+        self._weighted = bool((documents.weights != 1).any())
         self._global_batch_size = global_batch_size
         self._seed = seed
         self.num_rows = len(self._packs)
@@ -86,10 +92,15 @@ class TrainData:
         epoch, within = divmod(step, self.steps_per_epoch)
         start = within * self._global_batch_size
         rows = self._order(epoch)[start : start + self._global_batch_size]
+        # By cost, so that the rows which a layout takes at the same time, one rank each, take equally long.
+        rows = rows[np.argsort(-self._costs[rows], kind="stable")]
         documents = np.concatenate([self._packs[row] for row in rows])
+        num_targets = self._documents.num_targets[documents]
+        weights = self._documents.weights[documents].astype(np.float64)
         return GlobalBatch(
             rows=tuple(rows.tolist()),
-            supervised_tokens=int(self._documents.num_targets[documents].sum()),
+            supervised_tokens=int(num_targets.sum()),
+            weight=float((num_targets * weights).sum()),
             tokens=int(self._documents.lengths[documents].sum()),
             epoch=epoch,
         )
@@ -101,7 +112,7 @@ class TrainData:
             slot = layout.slot(len(rows), micro_step, rank)
             if slot:
                 documents = np.concatenate([self._packs[rows[position]] for position in slot])
-                yield _micro_batch(self._documents, documents)
+                yield _micro_batch(self._documents, documents, self._weighted)
             else:
                 first = self._packs[rows[0]]
                 yield _empty(self._documents, first[np.argmin(self._documents.lengths[first])])
@@ -116,9 +127,11 @@ class EvalData:
     """Held-out documents, the first `max_rows` of them, in batches of similar length."""
 
     def __init__(self, folder: Path | str, max_rows: int | None = None) -> None:
-        self._documents = Documents(Path(folder) / "eval.arrow")
-        self.num_documents = min(len(self._documents), max_rows or len(self._documents))
-        self.supervised_tokens = int(self._documents.num_targets[: self.num_documents].sum())
+        self._documents = Documents(folder)
+        lists = read_lists(Path(folder) / "eval.arrow")
+        self._numbers = (lists[0] if len(lists) else np.empty(0, np.int32))[:max_rows]
+        self.num_documents = len(self._numbers)
+        self.supervised_tokens = int(self._documents.num_targets[self._numbers].sum())
 
     def micro_batches(self, token_budget: int, world_size: int, rank: int) -> Iterator[MicroBatch]:
         """This rank's share of all documents, in batches of at most `token_budget` tokens or of one document.
@@ -133,15 +146,15 @@ class EvalData:
                 yield _empty(self._documents, batches[0][0])
 
     def _batches(self, token_budget: int) -> list[NDArray[np.int64]]:
-        lengths = self._documents.lengths[: self.num_documents]
+        lengths = self._documents.lengths[self._numbers]
         batches: list[list[int]] = []
         room = 0
-        for document in np.argsort(lengths, kind="stable"):
-            if not batches or lengths[document] > room:
+        for held_out in np.argsort(lengths, kind="stable"):
+            if not batches or lengths[held_out] > room:
                 batches.append([])
                 room = token_budget
-            batches[-1].append(int(document))
-            room -= lengths[document]
+            batches[-1].append(int(self._numbers[held_out]))
+            room -= lengths[held_out]
         return [np.array(batch, dtype=np.int64) for batch in batches]
 
 
@@ -165,7 +178,16 @@ class TestRows(Sequence[TestRow]):
         return self._rows[index]
 
 
-def _micro_batch(documents: Documents, indices: NDArray[np.integer]) -> MicroBatch:
+def attention_cost(lengths: NDArray[np.integer]) -> NDArray[np.float64]:
+    """What documents of `lengths` tokens cost a transformer, in tokens of its linear layers.
+
+    A layer of hidden size H spends 24 H^2 FLOPs a token on its linear maps and, causally, 2 H n on attending over n
+    tokens: a document costs n + n^2 / (12 H). H is taken as 4,096; rows of equal tokens rank alike for every H.
+    """
+    return lengths + lengths.astype(np.float64) ** 2 / (12 * 4096)
+
+
+def _micro_batch(documents: Documents, indices: NDArray[np.integer], weighted: bool = False) -> MicroBatch:
     lengths = documents.lengths[indices]
     ends = np.cumsum(lengths)
     starts = ends - lengths
@@ -173,6 +195,7 @@ def _micro_batch(documents: Documents, indices: NDArray[np.integer]) -> MicroBat
     supervised = np.concatenate([documents.supervised(int(index)) for index in indices])
     supervised[starts] = 0  # nothing of its own document comes before a document's first token
     predicted = np.flatnonzero(supervised)
+    weights = np.repeat(documents.weights[indices], documents.num_targets[indices]) if weighted else None
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids)[None],
         position_ids=torch.from_numpy(np.arange(len(input_ids)) - np.repeat(starts, lengths))[None],
@@ -180,6 +203,7 @@ def _micro_batch(documents: Documents, indices: NDArray[np.integer]) -> MicroBat
         max_seqlen=int(lengths.max()),
         supervised_index=torch.from_numpy(predicted - 1),
         targets=torch.from_numpy(input_ids[predicted]),
+        weights=torch.from_numpy(weights) if weights is not None else None,
         where=tuple(documents.where(int(index)) for index in indices),
         num_tokens=len(input_ids),
     )
@@ -195,6 +219,7 @@ def _empty(documents: Documents, index: int) -> MicroBatch:
         max_seqlen=batch.max_seqlen,
         supervised_index=nothing,
         targets=nothing,
+        weights=None,
         where=(),
         num_tokens=0,
     )

@@ -1,13 +1,14 @@
 """Data once tokenized and packed, kept under a key of everything that decided it.
 
-    <key>/train.arrow  eval.arrow  packs.arrow     see store.py
-          test.jsonl                               {where, prompt_text, prompt_ids, answer}
-          dropped.jsonl                            {where, reason, detail}: every row that was left out
-          notes.json                               counts of what was changed without leaving a row out
-          tokenizer/                               with the chat template in effect
-          facts.json                               DataFacts
+    <key>/documents/*.arrow  packs.arrow  eval.arrow   see store.py
+          test.jsonl       {where, prompt_text, prompt_ids, answer}
+          dropped.jsonl    {where, reason, detail, text}: every row that was left out
+          report.json      what the data is like, see report.py
+          tokenizer/       with the chat template in effect
+          facts.json       DataFacts
 
-The folder appears whole or not at all: it is written beside its place, under a lock, and renamed.
+The folder appears whole or not at all: it is made beside its place, under a lock, and renamed. What a crash leaves of
+it is taken up again by the next start.
 """
 
 from __future__ import annotations
@@ -16,37 +17,56 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 from filelock import FileLock
 
 from launcher.data.sources import fingerprint
 from launcher.data.tokenizer import is_trained, tokenizer_name, trained_vocab_size
+from launcher.data.work import Progress, Spread
 from launcher.errors import DataError, RunFolderError
 from launcher.plan.plan import DataFacts, DataPlan, ModelPlan
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raised with every change that gives other tokens, masks or packs for the same input."""
-
-Progress = Callable[[str, int, int | None], None]
-"""Called with what is being done, the rows done and, where known, the rows in all."""
+DECIDING_PACKAGES = ("transformers", "tokenizers", "Jinja2", "numpy", "datasketch", "py3langid", "ftfy")
+"""Their versions are part of the key: they may render, tokenize or judge otherwise."""
 
 _TOKENIZER_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".py"}
 
 
 def prepare(
-    model: ModelPlan, data: DataPlan, *, seed: int, cache_dir: Path, progress: Progress | None = None
+    model: ModelPlan,
+    data: DataPlan,
+    *,
+    seed: int,
+    cache_dir: Path,
+    progress: Progress | None = None,
+    workers: int | None = None,
+    spread: Spread | None = None,
 ) -> DataFacts:
     """Tokenize, split and pack `data` for `model`, or find it done in `cache_dir`.
 
-    Nothing here is drawn at random: `seed` is in the key and decides nothing else, so that runs of several seeds learn
-    from the same rows and are measured on the same rows. Raises DataError for data that cannot be used, ModelError for
-    the tokenizer and RunFolderError where `cache_dir` cannot be written.
+    Args:
+        model: whose tokenizer and chat template are taken
+        data: what to read, and everything that decides what becomes of it
+        seed: draws augmentation; nothing else is drawn at random, so that runs of several seeds learn from the same
+            rows and are measured on the same rows
+        cache_dir: folder of prepared data
+        progress: told what is being done
+        workers: processes on this machine; None: as many as the data deserves
+        spread: runs the work elsewhere, such as on a cluster; None: on this machine
+
+    Raises:
+        DataError: data that cannot be used.
+        ModelError: a tokenizer that cannot be used.
+        RunFolderError: `cache_dir` cannot be written.
+        RunFailed: a process died.
     """
     if not data.train:
         raise DataError("data.train names no file", hint="add data.train: [{path: my.jsonl}]")
-    key, num_rows = _key(model, data, seed)
+    key, num_bytes = _key(model, data, seed)
     folder = Path(os.path.abspath(cache_dir)) / key
     try:
         if found := _find(folder):
@@ -56,17 +76,17 @@ def prepare(
             if found := _find(folder):  # another process made it while this one waited
                 return found
             staging = folder.with_name(f".{key}.staging")
-            shutil.rmtree(staging, ignore_errors=True)  # left by a process that was killed
-            staging.mkdir()
-            try:
-                # Imported here: finding prepared data must not cost what making it does.
-                from launcher.data.build import Build
+            staging.mkdir(exist_ok=True)
+            # Imported here: finding prepared data must not cost what making it does.
+            from launcher.data.build import Build
 
-                facts = Build(model, data, staging, progress, num_rows).run(folder)
-                (staging / "facts.json").write_text(facts.model_dump_json(indent=2) + "\n", encoding="utf-8")
-                staging.rename(folder)
-            finally:
+            try:
+                facts = Build(model, data, seed, staging, progress, workers, spread, num_bytes).run(folder)
+            except DataError:  # the user will change the data, and with it the key
                 shutil.rmtree(staging, ignore_errors=True)
+                raise
+            (staging / "facts.json").write_text(facts.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            staging.rename(folder)
     except OSError as error:
         raise RunFolderError(
             f"{error.filename or folder.parent}: the prepared data cannot be written: {error.strerror or error}",
@@ -84,20 +104,23 @@ def _find(folder: Path) -> DataFacts | None:
     return DataFacts.model_validate_json(text).model_copy(update={"folder": str(folder)})
 
 
-def _key(model: ModelPlan, data: DataPlan, seed: int) -> tuple[str, int | None]:
-    """The cache's key, and how many rows the sources hold where that is known."""
-    prints = [fingerprint(source) for source in data.sources]
+def _key(model: ModelPlan, data: DataPlan, seed: int) -> tuple[str, int]:
+    """The cache's key, and the bytes of the sources as far as they are known."""
+    prints = [fingerprint(source) for source in (*data.sources, *data.clean.contamination)]
     parts = {
         "code": CODE_VERSION,
-        "files": [digest for digest, _ in prints],
+        "packages": [_version(package) for package in DECIDING_PACKAGES],
+        "files": [found.digest for found in prints],
         "data": data.model_dump(mode="json"),
+        "augmentation": _file_hash(data.augment.function_file),
         "tokenizer": _tokenizer_identity(model),
+        "add_tokens": model.add_tokens,
         "chat_template": model.chat_template,
+        "template_kwargs": model.template_kwargs,
         "seed": seed,
     }
-    counts = [count for _, count in prints if count is not None]
-    total = sum(counts) if len(counts) == len(prints) else None
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16], total
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return key, sum(found.num_bytes or 0 for found in prints)
 
 
 def _tokenizer_identity(model: ModelPlan) -> list[str | int | None]:
@@ -108,4 +131,15 @@ def _tokenizer_identity(model: ModelPlan) -> list[str | int | None]:
     if not folder.is_dir():
         return [name, revision]
     files = sorted(path for path in folder.iterdir() if path.suffix in _TOKENIZER_SUFFIXES)
-    return [f"{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files]
+    return [f"{path.name}:{_file_hash(str(path))}" for path in files]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _file_hash(path: str | None) -> str | None:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None

@@ -1,81 +1,70 @@
 """Prepared documents and packs on disk: Arrow IPC files that are mapped into memory, so that opening one reads nothing.
 
-train.arrow, eval.arrow   input_ids list<int32> | supervised list<uint8> | num_targets int32 | where string
-packs.arrow               documents list<int32>: indices into train.arrow, a row of the global batch's unit each
+documents/00000.arrow ...  input_ids list<int32> | supervised list<uint8> | num_targets int32 | num_turns int32
+                           | weight float32 | set int8 | copies int32 | where string
+                           one file a piece of a source, in the order of the sources
+packs.arrow                rows list<int32>: the numbers of the documents in each row of the global batch's unit
+eval.arrow                 rows list<int32>: the numbers of the held-out documents, in one list
+
+A document's number counts all documents of all files in order.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from enum import IntEnum
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from launcher.data.template import Document
-
 DOCUMENT_SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
         ("supervised", pa.list_(pa.uint8())),
         ("num_targets", pa.int32()),
+        ("num_turns", pa.int32()),
+        ("weight", pa.float32()),
+        ("set", pa.int8()),
+        ("copies", pa.int32()),
         ("where", pa.string()),
     ]
 )
-PACK_SCHEMA = pa.schema([("documents", pa.list_(pa.int32()))])
-_PACKS_PER_BATCH = 65536
+_LISTS_SCHEMA = pa.schema([("rows", pa.list_(pa.int32()))])
+_ROWS_PER_BATCH = 65536
 
 
-class DocumentWriter:
-    """Appends documents to an Arrow file; a context manager. Remembers their lengths and hashes what it writes."""
+class Set(IntEnum):
+    """What a document is for."""
 
-    def __init__(self, path: Path) -> None:
-        self._writer = pa.ipc.new_file(str(path), DOCUMENT_SCHEMA)
-        self._digest = hashlib.sha256()
-        self.lengths: list[int] = []
-        self.num_targets: list[int] = []
-
-    def write(self, documents: Sequence[Document], where: Sequence[str]) -> None:
-        """Append one record batch."""
-        if not documents:
-            return
-        num_targets = [document.num_targets for document in documents]
-        ids, masks = [d.input_ids for d in documents], [d.supervised for d in documents]
-        columns = [_lists(ids), _lists(masks), pa.array(num_targets, pa.int32()), pa.array(where, pa.string())]
-        self._writer.write_batch(pa.record_batch(columns, schema=DOCUMENT_SCHEMA))
-        self.lengths += [len(d.input_ids) for d in documents]
-        self.num_targets += num_targets
-        for values in (np.array([len(row) for row in ids], dtype="<i8"), *ids, *masks):
-            self._digest.update(values.tobytes())
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of all lengths, tokens and masks so far, in order."""
-        return self._digest.hexdigest()
-
-    def __enter__(self) -> DocumentWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._writer.close()
+    TRAIN = 0
+    EVAL = 1
+    TEST = 2
 
 
 class Documents:
-    """Documents of an Arrow file by index, mapped: a row costs the pages it lies on."""
+    """Documents of a prepared folder by number, mapped: a row costs the pages it lies on."""
 
-    def __init__(self, path: Path) -> None:
-        with pa.memory_map(str(path)) as source:
-            table = pa.ipc.open_file(source).read_all()
+    def __init__(self, folder: Path | str) -> None:
+        files = sorted((Path(folder) / "documents").glob("*.arrow"))
+        table = pa.concat_tables([_mapped(file) for file in files]) if files else DOCUMENT_SCHEMA.empty_table()
         self._ids, self._masks = Lists(table["input_ids"]), Lists(table["supervised"])
         self._where = table["where"]
         self.lengths: NDArray[np.int64] = self._ids.lengths
         """[D] tokens of each."""
-        self.num_targets: NDArray[np.int64] = table["num_targets"].to_numpy().astype(np.int64)
+        self.num_targets: NDArray[np.int64] = _numbers(table, "num_targets").astype(np.int64)
         """[D] supervised tokens of each that can be predicted."""
+        self.num_turns: NDArray[np.int32] = _numbers(table, "num_turns")
+        """[D] supervised assistant turns of each."""
+        self.weights: NDArray[np.float32] = _numbers(table, "weight")
+        """[D] what a supervised token of each counts in the loss."""
+        self.sets: NDArray[np.int8] = _numbers(table, "set")
+        """[D] `Set` of each."""
+        self.copies: NDArray[np.int32] = _numbers(table, "copies")
+        """[D] how often each comes in an epoch."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -113,22 +102,55 @@ class Lists:
         values: NDArray[Any] = self._values[chunk][start:end]
         return values
 
-
-def write_packs(path: Path, packs: Sequence[NDArray[np.int32]]) -> None:
-    """Write packs.arrow: the document indices of each row."""
-    with pa.ipc.new_file(str(path), PACK_SCHEMA) as writer:
-        for start in range(0, len(packs), _PACKS_PER_BATCH):
-            rows = packs[start : start + _PACKS_PER_BATCH]
-            writer.write_batch(pa.record_batch([_lists(rows)], schema=PACK_SCHEMA))
-
-
-def read_packs(path: Path) -> Lists:
-    """The document indices of each row, mapped."""
-    with pa.memory_map(str(path)) as source:
-        return Lists(pa.ipc.open_file(source).read_all()["documents"])
+    def sums(self, values: NDArray[Any]) -> NDArray[Any]:
+        """[len(self)] for each list, the sum of `values` at the numbers in it; no list may be empty."""
+        found = [np.empty(0, values.dtype)]
+        for offsets, numbers in zip(self._offsets, self._values, strict=True):
+            if len(offsets) > 1:
+                found.append(np.add.reduceat(values[numbers[: offsets[-1]]], offsets[:-1]))
+        return np.concatenate(found)
 
 
-def _lists(rows: Iterable[NDArray[Any]]) -> pa.ListArray:
+def write_lists(path: Path, rows: Sequence[NDArray[np.integer]]) -> None:
+    """Write packs.arrow or eval.arrow: lists of document numbers."""
+    with pa.ipc.new_file(str(path), _LISTS_SCHEMA) as writer:
+        for start in range(0, len(rows), _ROWS_PER_BATCH):
+            batch = as_lists([row.astype(np.int32) for row in rows[start : start + _ROWS_PER_BATCH]])
+            writer.write_batch(pa.record_batch([batch], schema=_LISTS_SCHEMA))
+
+
+def read_lists(path: Path) -> Lists:
+    """What `write_lists` wrote, mapped."""
+    return Lists(_mapped(path)["rows"])
+
+
+def as_lists(rows: Iterable[NDArray[Any]]) -> pa.ListArray:
+    """Arrays of one dtype as an Arrow column; their values are copied once. At most 2**31 values."""
     rows = list(rows)
-    offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(rows)))
+    offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64).astype(np.int32)
+    values = np.concatenate(rows) if rows else np.empty(0, np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+def digest(table: pa.Table) -> str:
+    """SHA-256 of all lengths, tokens, masks, weights and copies of a file's documents, in order."""
+    found = hashlib.sha256()
+    for batch in table.to_batches():
+        for name in ("input_ids", "supervised"):
+            column = batch.column(name)
+            lengths = np.diff(column.offsets.to_numpy()).astype("<i8")
+            found.update(lengths.tobytes())
+            found.update(np.ascontiguousarray(column.flatten().to_numpy()).data)
+        for name in ("weight", "set", "copies"):
+            found.update(batch.column(name).to_numpy().tobytes())
+    return found.hexdigest()
+
+
+def _mapped(path: Path) -> pa.Table:
+    with pa.memory_map(str(path)) as source:
+        return pa.ipc.open_file(source).read_all()
+
+
+def _numbers(table: pa.Table, name: str) -> NDArray[Any]:
+    values: NDArray[Any] = table[name].to_numpy()
+    return values

@@ -1,176 +1,297 @@
-"""A conversation as tokens, with a mask of what the assistant says.
+"""Conversations as tokens, with a mask of what the assistant has to write by itself.
 
-The chat template is the model's own Jinja text, so the mask is found by rendering prefixes: what the template writes
-for the messages before an answer, with its generation prompt, must be the beginning of what it writes for all of them.
-From there to the end-of-turn token is what the model has to say by itself when it is asked, and that is what is
-learned. Where a template does not keep to this there is no exact mask, and the row is refused.
+chat_template.py renders, turns.py finds the turns in the text, sheet.py and verbatim.py tokenize; here rows are made
+ready for them, and documents of what they give back. Prompts and answers are tokenized apart, as they are at inference:
+an answer's first token never merges into the prompt.
 
-Prompts and answers are tokenized apart, as they are at inference: an answer's first token never merges into the prompt.
-Control tokens come from the template alone: see verbatim.py.
+Some templates write a turn otherwise once a later one follows: Qwen3 and DeepSeek drop its thoughts, GPT-OSS ends it
+with another token. Such a conversation is **unrolled** into as few documents as it takes for each learned turn to stand
+in the form and the context that it has when the model is asked for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.data.formats import Conversation, Message
+from launcher.data.chat_template import ChatTemplate, Shown
+from launcher.data.conversation import Conversation, Message, ToolCall
+from launcher.data.sheet import Sheet
+from launcher.data.turns import Row, Turn, Turns
 from launcher.data.verbatim import Verbatim
 from launcher.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Supervise = Literal["all", "last"]
+Supervise = Literal["all", "last", "marked"]
 
 END_MARKER = "<|endoftext|>"
 """Files made for GPT-3's fine-tuning end every completion with it, whatever the tokenizer at hand calls its own."""
-# Llama 3.2 writes today's date into the system prompt; tokens must not depend on the day. The date is Llama 3.1's own.
-_DATE = "26 Jul 2024"
+
+_ROWS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
 class Document:
-    """A tokenized conversation."""
+    """A tokenized conversation, or what one of its turns is the answer to."""
 
     input_ids: NDArray[np.int32]
     """[T] token ids."""
     supervised: NDArray[np.uint8]
     """[T] 1 where the token is a target: an assistant's word or the end of its turn."""
-    num_markers: int = 0
-    """Answers from whose end a spelled-out end-of-text token was taken off."""
+    notes: Mapping[str, int] = field(default_factory=dict)
+    """What was done, counted, to be added up. What is counted by conversation stands on the last of its documents.
+
+    control_tokens_as_text   spelled out in messages and kept as text
+    control_tokens_stripped  spelled out in messages and removed
+    end_markers_removed      answers from whose end a spelled-out end-of-text token was taken
+    system_turns_merged      put before the user's words
+    system_turns_dropped
+    thoughts_left_out        learned answers whose thoughts the chat template does not write
+    unrolled                 1 for a conversation of several documents
+    the generation prompt ends with ...   answers that the template writes without that, and so are learned without it
+    """
 
     @property
     def num_targets(self) -> int:
         """Targets that can be predicted: nothing comes before the first token."""
         return int(self.supervised[1:].sum())
 
+    @property
+    def num_turns(self) -> int:
+        """Stretches of targets: the assistant turns that are learned."""
+        return int(self.supervised[:1].sum()) + int(np.count_nonzero(self.supervised[1:] > self.supervised[:-1]))
 
-def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerFast, supervise: Supervise) -> Document:
-    """One conversation as tokens and mask. Raises DataError, naming its place, where it cannot be masked exactly.
-
-    `supervise`: every assistant turn, or only the last. For many rows use one `Encoder`.
-    """
-    document = Encoder(tokenizer, supervise).encode([conversation])[0]
-    if isinstance(document, DataError):
-        raise document
-    return document
-
-
-@dataclass(frozen=True)
-class _Span:
-    """A stretch of rendered text; `learn` says which of its tokens are targets."""
-
-    text: str
-    learn: Literal["none", "first", "all"]
+    def part(self, start: int, stop: int) -> Document:
+        """The tokens from `start` to before `stop`, without the notes."""
+        return Document(self.input_ids[start:stop], self.supervised[start:stop])
 
 
 class Encoder:
     """Tokenizes conversations with one tokenizer and its chat template. Not for use in several threads at once."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, supervise: Supervise) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        supervise: Supervise,
+        *,
+        special_tokens: Literal["text", "strip"] = "text",
+        system_turns: Literal["keep", "merge", "drop"] = "keep",
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """The options are those of the recipe's section `data`, and `model.template_kwargs`."""
+        self._eos, self._bos = str(tokenizer.eos_token), str(tokenizer.bos_token) if adds_bos(tokenizer) else ""
         self._supervise = supervise
-        self._verbatim = Verbatim(tokenizer)
+        self._strip = special_tokens == "strip"
+        self._system_turns = system_turns
+        self._template = ChatTemplate(tokenizer, template_kwargs)
+        self._verbatim = Verbatim(tokenizer, self._template.written)
+        self._turns = Turns(self._template, self._verbatim.controls)
 
-    def encode(self, conversations: Sequence[Conversation]) -> list[Document | DataError]:
-        """A document for each conversation, or why there is none. One call of the tokenizer for all of them."""
-        results: list[Document | DataError | None] = []
-        plans: list[tuple[Conversation, list[_Span], int]] = []
-        for conversation in conversations:
-            tidy, num_markers = without_end_markers(conversation, self._tokenizer.eos_token)
-            try:
-                plans.append((tidy, self._spans(tidy), num_markers))
-                results.append(None)
-            except DataError as error:
-                results.append(error)
-        tokenized = iter(self._verbatim.token_ids([[span.text for span in spans] for _, spans, _ in plans]))
-        todo = iter(plans)
-        return [result or _document(*next(todo), next(tokenized)) for result in results]
+    def encode(self, conversations: Sequence[Conversation]) -> list[list[Document] | DataError]:
+        """The documents of each conversation, or why there are none; one for most.
+
+        A call of the tokenizer for every thousand of them.
+        """
+        results: list[list[Document] | DataError] = []
+        for start in range(0, len(conversations), _ROWS_AT_ONCE):
+            results += self._encode(conversations[start : start + _ROWS_AT_ONCE])
+        return results
 
     def prompt(self, conversation: Conversation) -> tuple[str, list[int]]:
         """What the model is shown to give the last answer: the text, and its token ids.
 
         Raises DataError where the template refuses the conversation.
         """
-        tidy, _ = without_end_markers(conversation, self._tokenizer.eos_token)
-        text = self._render(self._hidden(tidy)[:-1], True, conversation.where)
-        (spans,) = self._verbatim.token_ids([[text]])
-        assert spans is not None, "a single span begins a document and cannot merge into another"
-        return self._verbatim.show(text), spans[0]
+        row, _, _ = self._row(conversation)
+        text = self._turns.render(row, row.messages[:-1], True)
+        tokens = self._verbatim.tokenize([[text]])
+        if tokens.refused:
+            raise _at(conversation.where, tokens.refused[0])
+        return self._verbatim.show(text), tokens.ids.tolist()
 
-    def _spans(self, conversation: Conversation) -> list[_Span]:
-        """The rendered conversation, cut where an answer begins and where its end-of-turn token begins."""
-        messages = self._hidden(conversation)
+    @property
+    def end_of_turn_id(self) -> int:
+        """The token that ends an assistant's turn: where generation has to stop."""
+        hello = Conversation((Message("user", "Hello"), Message("assistant", "Hi", learn=True)), "the chat template")
+        (documents,) = self._encode([hello])
+        if isinstance(documents, DataError):
+            raise documents
+        return int(documents[-1].input_ids[np.flatnonzero(documents[-1].supervised)[-1]])
+
+    def _encode(self, conversations: Sequence[Conversation]) -> list[list[Document] | DataError]:
+        sheet = Sheet(self._verbatim)
+        plans: list[tuple[int, Sequence[Mapping[str, int]]] | DataError] = []
+        for conversation in conversations:
+            start = len(sheet)
+            try:
+                plans.append((start, self._plan(sheet, conversation)))
+            except DataError as error:
+                plans.append(error)
+        masked = sheet.tokenize()
+        results: list[list[Document] | DataError] = []
+        for plan, conversation in zip(plans, conversations, strict=True):
+            if isinstance(plan, DataError):
+                results.append(plan)
+                continue
+            documents = []
+            for made, notes in zip(masked[plan[0] :], plan[1], strict=False):
+                if isinstance(made, DataError):
+                    results.append(_at(conversation.where, made))
+                    break
+                documents.append(Document(*made, notes))
+            else:
+                results.append(documents)
+        return results
+
+    def _plan(self, sheet: Sheet, conversation: Conversation) -> list[Mapping[str, int]]:
+        """Put the conversation's documents on the sheet; returns the notes of each. Raises DataError with its place."""
+        if conversation.text is not None:
+            return self._plan_text(sheet, conversation)
+        row, learned, notes = self._row(conversation)
+        if not learned:
+            raise DataError(
+                f"{row.where}: no assistant turn is marked to be learned",
+                hint="data.supervise: all learns all that are not marked otherwise",
+            )
+        documents = _unrolled([self._turns.find(row, index) for index in learned])
+        for turns in documents:
+            self._turns.check_context(row, turns[-1])
+        noted: list[Mapping[str, int]] = []
+        for turns in documents:
+            sheet.add(turns)
+            noted.append(_sum(turn.notes for turn in turns))
+        if len(documents) > 1:
+            notes["unrolled"] = 1
+        noted[-1] = _sum([noted[-1], notes])
+        return noted
+
+    def _plan_text(self, sheet: Sheet, conversation: Conversation) -> list[Mapping[str, int]]:
+        tidy, num_markers = without_end_markers(conversation, self._eos)
+        hidden = _Hidden(self._verbatim, self._strip, conversation.where)
+        text = hidden.text(tidy.text or "", own=True)
+        if not text.strip():
+            raise DataError(f"{conversation.where}: the text is empty", hint="leave the row out")
+        sheet.add_text(self._bos, text + self._eos)
+        return [hidden.notes(num_markers)]
+
+    def _row(self, conversation: Conversation) -> tuple[Row, list[int], dict[str, int]]:
+        """What the template is given, which messages are learned, and what was done to the row."""
         where = conversation.where
-        full = self._render(messages, False, where)
-        turns = [i for i, (role, _) in enumerate(messages) if role == "assistant"]
-        spans: list[_Span] = []
-        done = 0
-        for turn in turns if self._supervise == "all" else turns[-1:]:
-            prompt = self._render(messages[:turn], True, where)
-            answered = full if turn == turns[-1] else self._render(messages[: turn + 1], False, where)
-            start = len(prompt)
-            place = f"{where}: message {turn + 1}"
-            if start < done or not answered.startswith(prompt):
-                raise _not_a_prefix(place)
-            end, after = self._end_of_turn(answered, start, messages[turn][1], place)
-            if full[:after] != answered[:after]:
-                raise _not_a_prefix(place)
-            spans += [_Span(full[done:start], "first" if spans else "none"), _Span(full[start:end], "all")]
-            done = end
-        return [*spans, _Span(full[done:], "first")]
+        tidy, num_markers = without_end_markers(conversation, self._eos)
+        messages: Sequence[Message] = tidy.messages
+        numbers: Sequence[int] = range(1, len(messages) + 1)
+        dropped = 0
+        if self._system_turns != "keep":
+            messages, numbers = without_system_turns(messages, self._system_turns == "merge", where)
+            dropped = len(tidy.messages) - len(messages)
+        hidden = _Hidden(self._verbatim, self._strip, where)
+        shown = [self._shown(message, hidden) for message in messages]
+        tools = [hidden.value(tool) for tool in conversation.tools] or None
+        notes = hidden.notes(num_markers)
+        if dropped:
+            notes["system_turns_merged" if self._system_turns == "merge" else "system_turns_dropped"] = dropped
+        assistants = [i for i, message in enumerate(messages) if message.role == "assistant"]
+        match self._supervise:
+            case "all":
+                learned = [i for i in assistants if messages[i].learn is not False]
+            case "last":
+                learned = [i for i in assistants[-1:] if messages[i].learn is not False]
+            case "marked":
+                learned = [i for i in assistants if messages[i].learn]
+        return Row(shown, numbers, tools, where), learned, notes
 
-    def _hidden(self, conversation: Conversation) -> list[Message]:
-        """The messages with placeholders for the control tokens spelled out in them."""
+    def _shown(self, message: Message, hidden: _Hidden) -> Shown:
+        """`message` as templates know it, each key only where it is set."""
+        shown: Shown = {"role": message.role, "content": hidden.text(message.content, message.role == "assistant")}
+        if message.reasoning:
+            # GPT-OSS has a name of its own for it.
+            shown["reasoning_content"] = shown["thinking"] = hidden.text(message.reasoning)
+        if message.tool_calls:
+            shown["tool_calls"] = [self._call(call, hidden) for call in message.tool_calls]
+        if message.name is not None:
+            shown["name"] = hidden.text(message.name)
+        if message.tool_call_id is not None:
+            shown["tool_call_id"] = hidden.text(message.tool_call_id)
+        return shown
+
+    def _call(self, call: ToolCall, hidden: _Hidden) -> dict[str, Any]:
+        arguments = hidden.value(call.arguments)
+        if self._template.arguments_as_text:
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        function = {"name": hidden.text(call.name), "arguments": arguments}
+        shown: dict[str, Any] = {"type": "function", "function": function}
+        return shown if call.id is None else {"type": "function", "id": hidden.text(call.id), "function": function}
+
+
+def _unrolled(turns: list[Turn]) -> list[list[Turn]]:
+    """The turns of each document, of which the last one's text has them all: as few documents as it takes."""
+    documents: list[list[Turn]] = []
+    while turns:
+        *before, last = turns
+        covered: list[Turn] = []
+        turns = []
+        for turn in before:
+            follows = not covered or covered[-1].after <= turn.start
+            (covered if follows and turn.stands_in(last.text) else turns).append(turn)
+        documents.append([*covered, last])
+    return documents[::-1]
+
+
+class _Hidden:
+    """Passes a row's words through without the control tokens spelled out in them, and counts these."""
+
+    def __init__(self, verbatim: Verbatim, strip: bool, where: str) -> None:
+        self._verbatim, self._strip, self._where = verbatim, strip, where
+        self._count = 0
+
+    def text(self, text: str, own: bool = False) -> str:
+        """`own`: the assistant's words may hold the template's marks."""
         try:
-            return [(role, self._verbatim.hide(content)) for role, content in conversation.messages]
+            hidden, count = self._verbatim.hide(text, own, self._strip)
         except DataError as error:
-            raise DataError(f"{conversation.where}: {error.message}", error.hint) from error
+            raise _at(self._where, error) from error
+        self._count += count
+        return hidden
 
-    def _end_of_turn(self, text: str, start: int, words: str, where: str) -> tuple[int, int]:
-        """Where in `text` the control token begins and ends that ends the answer `words`, begun at `start`."""
-        words = words.strip()
-        if not words:
-            raise DataError(f"{where}: the assistant says nothing", hint="leave the row out")
-        for control in self._verbatim.controls.finditer(text, start):
-            if text[start : control.start()].rstrip().endswith(words):
-                return control.span()
-        if words not in text[start:]:
-            raise DataError(
-                f"{where}: the chat template changes the assistant's words",
-                hint="give a template that writes them as they are as model.chat_template",
-            )
-        raise DataError(
-            f"{where}: the chat template ends the assistant's turn without a special token, so that the model would "
-            "never learn to stop",
-            hint="end assistant turns with {{ eos_token }} in model.chat_template",
-        )
+    def value(self, value: Any) -> Any:
+        """A JSON value with all its texts passed through."""
+        if isinstance(value, str):
+            return self.text(value)
+        if isinstance(value, dict):
+            return {self.value(key): self.value(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.value(item) for item in value]
+        return value
 
-    def _render(self, messages: Sequence[Message], generation_prompt: bool, where: str) -> str:
-        shown = [{"role": role, "content": content} for role, content in messages]
-        try:
-            text = self._tokenizer.apply_chat_template(
-                shown, tokenize=False, add_generation_prompt=generation_prompt, date_string=_DATE
-            )
-        except Exception as error:  # templates raise by raise_exception(), and fail as any program does
-            raise DataError(
-                f"{where}: the chat template refuses this conversation: {error}",
-                hint="mend the row, or give another template as model.chat_template",
-            ) from error
-        return str(text)
+    def notes(self, num_markers: int) -> dict[str, int]:
+        kind = "control_tokens_stripped" if self._strip else "control_tokens_as_text"
+        counts = {kind: self._count, "end_markers_removed": num_markers}
+        return {note: count for note, count in counts.items() if count}
 
 
-def _not_a_prefix(place: str) -> DataError:
-    return DataError(
-        f"{place}: the chat template writes what comes before an answer otherwise once it is given, so the words to "
-        "learn cannot be told from the prompt",
-        hint="set data.supervise: last, or give a template that only ever appends as model.chat_template",
-    )
+def _sum(notes: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for counts in notes:
+        total.update(counts)
+    return dict(total)
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """True where the tokenizer begins whatever it is given with its first token, as pretraining did (Llama, Gemma)."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerFast, template_kwargs: Mapping[str, Any] | None = None) -> int:
+    """The token that ends an assistant's turn in the tokenizer's chat template: where generation has to stop."""
+    return Encoder(tokenizer, "last", template_kwargs=template_kwargs).end_of_turn_id
 
 
 def without_end_markers(conversation: Conversation, eos_token: str) -> tuple[Conversation, int]:
@@ -178,40 +299,56 @@ def without_end_markers(conversation: Conversation, eos_token: str) -> tuple[Con
 
     The template writes the real one. The `<|endoftext|>` of older files goes too, whatever the tokenizer uses.
     """
-    messages: list[Message] = []
-    num_markers = 0
-    for role, content in conversation.messages:
-        kept = content
-        while role == "assistant" and (marker := _end_marker(kept, eos_token)):
-            kept = kept.rstrip().removesuffix(marker)
-        num_markers += kept != content
-        messages.append((role, kept))
-    return (Conversation(tuple(messages), conversation.where) if num_markers else conversation), num_markers
+    markers = (eos_token, END_MARKER)
+    if conversation.text is not None:
+        text = _without_markers(conversation.text, markers)
+        return (conversation, 0) if text is None else (replace(conversation, text=text), 1)
+    kept = {
+        i: text
+        for i, message in enumerate(conversation.messages)
+        if message.role == "assistant" and (text := _without_markers(message.content, markers)) is not None
+    }
+    if not kept:
+        return conversation, 0
+    messages = tuple(m._replace(content=kept[i]) if i in kept else m for i, m in enumerate(conversation.messages))
+    return replace(conversation, messages=messages), len(kept)
 
 
-def _end_marker(answer: str, eos_token: str) -> str | None:
-    return next((marker for marker in (eos_token, END_MARKER) if answer.rstrip().endswith(marker)), None)
+def _without_markers(text: str, markers: tuple[str, str]) -> str | None:
+    """None where no marker stands at the end."""
+    bare = text.rstrip()
+    if not bare.endswith(markers):
+        return None
+    while bare.endswith(markers):
+        text = bare.removesuffix(next(marker for marker in markers if bare.endswith(marker)))
+        bare = text.rstrip()
+    return text
 
 
-def _document(
-    conversation: Conversation, spans: Sequence[_Span], num_markers: int, ids_of_span: Sequence[Sequence[int]] | None
-) -> Document | DataError:
-    if ids_of_span is None:
-        return DataError(
-            f"{conversation.where}: this tokenizer merges the answer's beginning into the prompt",
-            hint="leave out white space at the beginning of answers, or give another tokenizer as model.tokenizer",
+def without_system_turns(messages: Sequence[Message], merge: bool, where: str = "") -> tuple[list[Message], list[int]]:
+    """`messages` without system and developer turns, and the number from 1 that each had.
+
+    `merge`: their words come before those of the next user, behind an empty line. Raises DataError where none follows.
+    """
+    kept: list[Message] = []
+    numbers: list[int] = []
+    waiting: list[str] = []
+    for number, message in enumerate(messages, 1):
+        if message.role in ("system", "developer"):
+            waiting += [message.content] if merge else []
+            continue
+        if message.role == "user" and waiting:
+            message = message._replace(content="\n\n".join([*waiting, message.content]))
+            waiting = []
+        kept.append(message)
+        numbers.append(number)
+    if waiting:
+        raise DataError(
+            f"{where}: no user turn follows the system turn, so that its words cannot be put before any",
+            hint="set data.system_turns: drop, or leave the row out",
         )
-    input_ids = np.array([i for ids in ids_of_span for i in ids], dtype=np.int32)
-    supervised = np.zeros(len(input_ids), dtype=np.uint8)
-    start = 0
-    for span, ids in zip(spans, ids_of_span, strict=True):
-        learned = {"none": 0, "first": 1, "all": len(ids)}[span.learn]
-        supervised[start : start + learned] = 1
-        start += len(ids)
-    return Document(input_ids, supervised, num_markers)
+    return kept, numbers
 
 
-def end_of_turn_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The token that ends an assistant's turn in the tokenizer's chat template: where generation has to stop."""
-    document = encode(Conversation((("user", "Hello"), ("assistant", "Hi")), "the chat template"), tokenizer, "last")
-    return int(document.input_ids[np.flatnonzero(document.supervised)[-1]])
+def _at(where: str, error: DataError) -> DataError:
+    return DataError(f"{where}: {error.message}", error.hint)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.data.formats import Conversation
-from launcher.data.template import without_end_markers
+from launcher.data.conversation import Conversation
+from launcher.data.template import adds_bos, without_end_markers
 from launcher.errors import ModelError
 from launcher.plan.plan import ModelPlan
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
 DEFAULT_CHAT_TEMPLATE = """\
-{%- set headers = {'user': 'Instruction', 'assistant': 'Response'} -%}
 {%- for message in messages -%}
 {%- if not loop.first -%}{{ '\\n\\n' }}{%- endif -%}
-{%- if message['role'] not in ('system', 'developer') -%}
-{{ '### ' + headers.get(message['role'], message['role'] | capitalize) + ':\\n' }}
+{%- if message['role'] == 'user' -%}{{ '### Instruction:\\n' }}
+{%- elif message['role'] == 'assistant' -%}{{ '### Response:\\n' }}
+{%- elif message['role'] not in ('system', 'developer') -%}{{ '### ' + message['role'] | capitalize + ':\\n' }}
 {%- endif -%}
 {{ message['content'] }}
 {%- if message['role'] == 'assistant' -%}{{ eos_token }}{%- endif -%}
@@ -58,7 +58,7 @@ def load_tokenizer(model: ModelPlan) -> PreTrainedTokenizerFast:
             f"{name}: its tokenizer {type(tokenizer).__name__} is written in Python, without a tokenizer.json",
             hint="convert it once with transformers and save_pretrained, and give that folder as model.tokenizer",
         )
-    return with_template(tokenizer, model.chat_template)
+    return with_template(tokenizer, model.chat_template, model.add_tokens)
 
 
 def tokenizer_name(model: ModelPlan) -> tuple[str, str | None]:
@@ -112,13 +112,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 def training_text(conversation: Conversation) -> str:
     """What a vocabulary is trained on: the words, and the default template's headers, without the control tokens."""
     words, _ = without_end_markers(conversation, EOS)
-    messages = [{"role": role, "content": content} for role, content in words.messages]
+    if words.text is not None:
+        return words.text
+    messages = [{"role": message.role, "content": message.content} for message in words.messages]
     return _compiled_default().render(messages=messages, eos_token="")
 
 
-def with_template(tokenizer: PreTrainedTokenizerFast, chat_template: str | None) -> PreTrainedTokenizerFast:
+def with_template(
+    tokenizer: PreTrainedTokenizerFast, chat_template: str | None, add_tokens: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """`tokenizer` with `chat_template` in effect; None keeps its own, or sets the default where it has none.
 
+    Those of `add_tokens` that it does not have become control tokens of it, in their order, with the next ids.
     Raises ModelError where there is no end-of-text token: a model could not learn to stop.
     """
     if tokenizer.eos_token is None:
@@ -126,13 +131,13 @@ def with_template(tokenizer: PreTrainedTokenizerFast, chat_template: str | None)
             f"{tokenizer.name_or_path}: the tokenizer has no eos_token, so no answer would ever end",
             hint="name one of its tokens as eos_token in tokenizer_config.json",
         )
+    known = tokenizer.added_tokens_encoder
+    tokenizer.add_tokens([text for text in dict.fromkeys(add_tokens) if text not in known], special_tokens=True)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     elif tokenizer.chat_template is None:
         # A base model that was pretrained with a first token (Llama, Gemma) needs it in every document.
-        first = tokenizer("a")["input_ids"][0]
-        starts = tokenizer.bos_token_id is not None and first == tokenizer.bos_token_id
-        tokenizer.chat_template = "{{ bos_token }}" * starts + DEFAULT_CHAT_TEMPLATE
+        tokenizer.chat_template = "{{ bos_token }}" * adds_bos(tokenizer) + DEFAULT_CHAT_TEMPLATE
     return tokenizer
 
 

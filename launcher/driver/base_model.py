@@ -86,21 +86,22 @@ class BaseModelProcess:
         self.process.stdin.write(json.dumps(request))
         self.process.stdin.flush()
 
-    def wait(self) -> None:
-        """Until the model is there.
+    def wait(self) -> list[str]:
+        """Until the model is there; what the user should know of it, a sentence each.
 
         Raises:
             ModelError: as the process said, or with its last line where it ended without a word.
         """
         out, err = self.process.communicate()
         lines = out.splitlines()
-        answer = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {"error": None}
+        answer: dict[str, Any] = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {"error": None}
         if "error" in answer:
             last = err.strip().splitlines()[-1:] or ["no output"]
             raise ModelError(
                 answer["error"] or f"the model cannot be made ready: {last[0]}",
                 answer.get("hint") or "check model in the recipe",
             )
+        return list(answer["notes"])
 
     def close(self) -> None:
         """Stop it if it still runs."""

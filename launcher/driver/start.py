@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher.driver.base_model import BaseModelProcess, model_settings, pinned
+from launcher.driver.prepare import cluster_for
 from launcher.errors import RunFolderError
 from launcher.plan.facts import ClusterFacts
-from launcher.plan.plan import DataFacts, ModelPlan, Plan
+from launcher.plan.plan import DataFacts, DataPlan, HeldOutPlan, ModelPlan, Plan
 from launcher.plan.resolve import resolve, resolve_model
 from launcher.plan.resolve_data import resolve_data
 from launcher.plan.size import parameter_count
@@ -38,6 +39,7 @@ class Decided:
     name: str
     run_dir: Path
     model: ModelPlan
+    data: DataPlan
     facts: DataFacts
     parameters: int
 
@@ -62,8 +64,10 @@ def new_run_folder(loaded: LoadedRecipe, asked_for: Path | None) -> Path:
     return folder
 
 
-def decide(loaded: LoadedRecipe, run_dir: Path, report: Reporter | None) -> Decided:
+def decide(loaded: LoadedRecipe, run_dir: Path, report: Reporter | None, address: str | None = None) -> Decided:
     """Look the model up and prepare the data, in `.prepared` beside the run's folder, which is not made yet.
+
+    `address` is that of the cluster which prepares data that is too much for this machine.
 
     Raises:
         UserError: a model, file or row that cannot be used.
@@ -72,15 +76,41 @@ def decide(loaded: LoadedRecipe, run_dir: Path, report: Reporter | None) -> Deci
 
     model = pinned(resolve_model(loaded, run_dir))
     settings = model_settings(model)
+    data = pinned_sources(resolve_data(loaded))
+    workers = loaded.recipe.data.workers
     facts = prepare(
         model,
-        resolve_data(loaded),
+        data,
         seed=loaded.recipe.train.seed,
         cache_dir=run_dir.parent / ".prepared",
         progress=report,
+        workers=None if workers == "auto" else workers,
+        spread=cluster_for(loaded.recipe.data.prepare_on, data, address),
     )
     parameters = parameter_count({"vocab_size": facts.vocab_size} | settings)
-    return Decided(loaded, run_name(loaded), run_dir, model, facts, parameters)
+    return Decided(loaded, run_name(loaded), run_dir, model, data, facts, parameters)
+
+
+def pinned_sources(data: DataPlan) -> DataPlan:
+    """Hub ids with their branch or tag resolved to a commit.
+
+    Raises:
+        DataError: the hub does not answer and the cache does not have it.
+    """
+    from launcher.data.sources import pinned as at_commit
+
+    def held_out(plan: HeldOutPlan) -> HeldOutPlan:
+        return plan.model_copy(update={"sources": tuple(map(at_commit, plan.sources))})
+
+    contamination = tuple(map(at_commit, data.clean.contamination))
+    return data.model_copy(
+        update={
+            "train": tuple(map(at_commit, data.train)),
+            "eval": held_out(data.eval),
+            "test": held_out(data.test),
+            "clean": data.clean.model_copy(update={"contamination": contamination}),
+        }
+    )
 
 
 def base_model_process(decided: Decided) -> BaseModelProcess:
@@ -97,7 +127,7 @@ def planned(decided: Decided, cluster: ClusterFacts) -> Plan:
         decided.loaded,
         cluster,
         decided.model,
-        resolve_data(decided.loaded),
+        decided.data,
         decided.facts,
         decided.parameters,
         decided.name,

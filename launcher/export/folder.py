@@ -47,6 +47,7 @@ def export(plan: Plan, out: Path, merge: bool) -> Exported:
     from transformers import AutoTokenizer
 
     from launcher.export.merge import logits_of, merged_model, trained_model
+    from launcher.model.added_tokens import added_ids
     from launcher.train.probe import probe_file, read_probe
 
     run_dir = Path(plan.run_dir)
@@ -80,6 +81,8 @@ def export(plan: Plan, out: Path, merge: bool) -> Exported:
                 hint="please report this with the run's plan.json",
             )
         notes = [f"Merging changed a logit by at most {merge_drift:.2e}."] if merge_drift is not None else []
+        if added := added_ids(plan):
+            notes.append(about_added_tokens(len(added), adapters=(staging / "adapter_config.json").exists()))
         (staging / "README.md").write_text(model_card(plan, step, agreement, notes), encoding="utf-8")
         if out.exists():
             shutil.rmtree(out)
@@ -97,11 +100,16 @@ def write_folder(plan: Plan, model: Any, tokenizer: Any, folder: Path, merged: b
     if generation is not None:
         from launcher.data.template import end_of_turn_id
 
-        generation.eos_token_id = end_of_turn_id(tokenizer)
+        generation.eos_token_id = end_of_turn_id(tokenizer, plan.trajectory.model.template_kwargs)
         generation.pad_token_id = (
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         )
-    model.save_pretrained(folder, max_shard_size=plan.lifecycle.max_shard_size)
+    arguments: dict[str, Any] = {"max_shard_size": plan.lifecycle.max_shard_size}
+    if hasattr(model, "peft_config"):
+        # peft would save the whole embedding and head of a base that was given more rows: what is trained of them is
+        # among the adapters.
+        arguments["save_embedding_layers"] = False
+    model.save_pretrained(folder, **arguments)
     if generation is not None:
         generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -113,6 +121,17 @@ def write_folder(plan: Plan, model: Any, tokenizer: Any, folder: Path, merged: b
         "trajectory": plan.trajectory.hash(),
     }
     (folder / "slipway.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def about_added_tokens(count: int, adapters: bool) -> str:
+    """A sentence of the model card."""
+    said = f"{count} tokens were added to the base model's; their rows of the embedding and the head are trained."
+    if not adapters:
+        return said
+    return (
+        f"{said} They lie beside the adapters: AutoPeftModelForCausalLM makes room for them in the base, by hand "
+        "base.resize_token_embeddings(len(tokenizer)) does, where the base has fewer rows than that."
+    )
 
 
 def main(arguments: list[str]) -> int:

@@ -11,13 +11,17 @@ from torch import nn
 from launcher.checkpoint.load import load_weights
 from launcher.errors import CheckpointError, ModelError
 from launcher.model.adapters import apply_method
+from launcher.model.added_tokens import added_ids
 from launcher.model.load import DTYPES, load_config, nf4, readable_errors
 from launcher.model.nf4 import train_through_zero
+from launcher.model.token_rows import add_rows
 from launcher.plan.plan import Plan
 
 
 def trained_model(plan: Plan, checkpoint: Path) -> nn.Module:
     """The base with the checkpoint's weights, in the training dtype, on the CPU; peft's wrapper for adapters.
+
+    Rows of added tokens are folded in, unless they belong to adapters.
 
     Raises:
         CheckpointError: a trained weight is missing in the checkpoint, or has another shape.
@@ -41,9 +45,14 @@ def trained_model(plan: Plan, checkpoint: Path) -> nn.Module:
     # Also without ZeRO: bitsandbytes' own layer repacks its bytes when it is evaluated, and what is dequantized from
     # them afterwards, to merge, is noise (CPUs with AVX512-BF16).
     train_through_zero(base)
-    model = apply_method(base, trajectory.method, trajectory.seed)
+    if added := added_ids(plan):
+        add_rows(base, added, trajectory.seed, torch.device("cpu"))
+    model: Any = apply_method(base, trajectory.method, trajectory.seed, added)
     fill(model, load_weights(checkpoint), checkpoint)
-    return model.eval()
+    if trajectory.method.kind == "freeze" and model is not base:
+        model = model.merge_and_unload()
+    trained: nn.Module = model.eval()
+    return trained
 
 
 def fill(model: nn.Module, weights: dict[str, torch.Tensor], checkpoint: Path) -> None:
@@ -90,7 +99,7 @@ def with_plain_base(plan: Plan, adapted: Any) -> Any:
     """
     trained = {name: parameter.detach() for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     base = adapted.unload().dequantize(dtype=DTYPES[plan.trajectory.dtype])
-    plain = apply_method(base, plan.trajectory.method, plan.trajectory.seed)
+    plain = apply_method(base, plan.trajectory.method, plan.trajectory.seed, added_ids(plan))
     plain.load_state_dict(trained, strict=False)
     return plain.eval()
 

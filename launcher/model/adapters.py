@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,25 +10,27 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from launcher.errors import ModelError
+from launcher.model.token_rows import compute_rows_alone, train_rows_alone, vocabulary_layers, whole
 from launcher.plan.plan import MethodPlan
 
 
-def apply_method(model: PreTrainedModel, method: MethodPlan, seed: int) -> nn.Module:
+def apply_method(model: PreTrainedModel, method: MethodPlan, seed: int, added_ids: Sequence[int] = ()) -> nn.Module:
     """Mark what is trained, adding adapters where the method has them.
 
     Returns the model itself, or peft's wrapper around it. Adapters are fp32 or bf16 like the base and start from
-    `seed` alone, so they are equal on all ranks and at every ZeRO stage.
+    `seed` alone, so they are equal on all ranks and at every ZeRO stage. `added_ids`, see `added_tokens`, are tokens
+    whose rows of the embedding and the head are trained whatever the method.
 
     Raises:
-        ModelError: nothing to train, or target modules that the model does not have.
+        ModelError: nothing to train, target modules that the model does not have, or rows that cannot be trained alone.
     """
     if method.kind == "full":
         return model
     if method.kind == "freeze":
         assert method.train_last_layers is not None
         freeze_all_but_last(model, method.train_last_layers)
-        return model
-    return add_adapters(model, method, seed)
+        return train_rows_alone(model, added_ids) if added_ids else model
+    return add_adapters(model, method, seed, added_ids)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -74,11 +77,11 @@ def freeze_all_but_last(model: PreTrainedModel, num_layers: int) -> None:
             parameter.requires_grad_(id(parameter) not in embedding)
 
 
-def add_adapters(model: PreTrainedModel, method: MethodPlan, seed: int) -> nn.Module:
-    """LoRA adapters (Hu et al., 2021) on the target layers; the base is frozen.
+def add_adapters(model: PreTrainedModel, method: MethodPlan, seed: int, added_ids: Sequence[int]) -> nn.Module:
+    """LoRA adapters (Hu et al., 2021) on the target layers, and the rows of added tokens; the base is frozen.
 
     Raises:
-        ModelError: none of the targets is in the model.
+        ModelError: none of the targets is in the model, or one of them is a layer whose rows are trained.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -86,6 +89,9 @@ def add_adapters(model: PreTrainedModel, method: MethodPlan, seed: int) -> nn.Mo
     assert method.alpha is not None
     assert method.dropout is not None
     targets: Any = method.targets if isinstance(method.targets, str) else list(method.targets or ())
+    layers = vocabulary_layers(model)
+    if added_ids:
+        refuse_vocabulary_layers(model, method)
     config = LoraConfig(
         r=method.rank,
         lora_alpha=method.alpha,
@@ -93,10 +99,13 @@ def add_adapters(model: PreTrainedModel, method: MethodPlan, seed: int) -> nn.Mo
         target_modules=targets,
         task_type="CAUSAL_LM",
         bias="none",
+        trainable_token_indices={name: list(added_ids) for name in layers} if added_ids else None,
     )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
+    # peft copies the rows that it finds; of a partitioned weight, none.
+    to_read = [layer.weight for layer in layers.values()] if added_ids else []
+    with torch.random.fork_rng(devices=[]), whole(to_read):
         torch.manual_seed(seed)
         try:
             # autocast_adapter_dtype would keep adapters in fp32 beside a bf16 base, which ZeRO's flat groups do not
@@ -106,7 +115,24 @@ def add_adapters(model: PreTrainedModel, method: MethodPlan, seed: int) -> nn.Mo
             raise ModelError(
                 f"method.targets: {str(error).splitlines()[0]}", hint="name linear layers of the model, or all-linear"
             ) from error
+    compute_rows_alone(adapted)
     return adapted
+
+
+def refuse_vocabulary_layers(model: PreTrainedModel, method: MethodPlan) -> None:
+    """peft cannot put an adapter on a layer and train rows of it as well.
+
+    Raises:
+        ModelError: one of the targets is the embedding or the head.
+    """
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if any(module is x for x in layers)}
+    targets = () if isinstance(method.targets, str) else method.targets or ()
+    if named := [target for target in targets if target.rpartition(".")[2] in names]:
+        raise ModelError(
+            f"method.targets: rows of {named[0]} are trained for model.add_tokens, so it cannot have an adapter too",
+            hint=f"leave {named[0]} out of method.targets",
+        )
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from launcher.errors import ModelError
 from launcher.model import attention
 from launcher.model.nf4 import train_through_zero
+from launcher.model.token_rows import add_rows
 from launcher.plan.plan import ModelPlan, Plan
 
 log = logging.getLogger(__name__)
@@ -72,8 +73,11 @@ def check_packing(model: ModelPlan, packing: bool) -> None:
         )
 
 
-def load_model(plan: Plan, deepspeed_config: dict[str, Any], device: torch.device) -> PreTrainedModel:
-    """The base model with its weights: fp32 or bf16, or 4-bit NF4 for QLoRA.
+def load_model(
+    plan: Plan, deepspeed_config: dict[str, Any], device: torch.device, added_ids: Sequence[int]
+) -> PreTrainedModel:
+    """The base model with its weights: fp32 or bf16, or 4-bit NF4 for QLoRA; with rows for `added_ids`, see
+    `added_tokens`.
 
     Under ZeRO-3 the weights are partitioned as they are read, so that no rank ever holds the whole model; a quantized
     base is the exception, which each rank reads whole before DeepSpeed partitions it.
@@ -103,6 +107,9 @@ def load_model(plan: Plan, deepspeed_config: dict[str, Any], device: torch.devic
         log.info("%d linear layers in 4 bits", train_through_zero(model))
     elif not partition:
         model.to(device)
+    if added_ids:
+        with _partitioned(partition, deepspeed_config):
+            add_rows(model, added_ids, trajectory.seed, device)
     model.config.use_cache = False
     return model
 

@@ -1,7 +1,7 @@
 """Is a model ready to be trained? A scratch model is written, and packing is refused where it would leak.
 
 Runs in a process of its own, beside Ray's start: it needs torch and transformers, which the launcher does without.
-`python -m launcher.model.ready` reads a Request as JSON from stdin and prints {} or {"error", "hint"}.
+`python -m launcher.model.ready` reads a Request as JSON from stdin and prints {"notes"} or {"error", "hint"}.
 """
 
 from __future__ import annotations
@@ -25,28 +25,30 @@ class Request(BaseModel):
     packing: bool
 
 
-def make_ready(request: Request) -> None:
-    """Write a scratch model's folder, and check the packing.
+def make_ready(request: Request) -> list[str]:
+    """Write a scratch model's folder, and check the packing; what the user should know, a sentence each.
 
     Raises:
         ModelError: the configuration is wrong, or packed documents would see each other.
     """
+    from launcher.model.added_tokens import notes
     from launcher.model.load import check_packing
     from launcher.model.scratch import create_scratch
 
     if request.model.source == "scratch":
         create_scratch(request.model, request.tokenizer_folder, request.seed, Path(request.model.path))
     check_packing(request.model, request.packing)
+    return notes(request.model, request.tokenizer_folder)
 
 
 def main() -> int:
     """Answer one request."""
     try:
-        make_ready(Request.model_validate_json(sys.stdin.read()))
+        said = make_ready(Request.model_validate_json(sys.stdin.read()))
     except ModelError as error:
         print(json.dumps({"error": error.message, "hint": error.hint}))
         return error.exit_code
-    print("{}")
+    print(json.dumps({"notes": said}))
     return 0
 
 

@@ -11,11 +11,14 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from launcher.errors import ModelError
+from launcher.model.added_tokens import new_tokens
 from launcher.plan.plan import ModelPlan
 
 
 def scratch_config(model: ModelPlan, tokenizer_folder: Path) -> PretrainedConfig:
     """The transformers configuration of a scratch model, with the tokenizer's special tokens.
+
+    `vocab_size` counts the tokens before any is added: it is raised to hold them.
 
     Raises:
         ModelError: an unknown model type, an unknown key, or values that do not fit together.
@@ -24,11 +27,12 @@ def scratch_config(model: ModelPlan, tokenizer_folder: Path) -> PretrainedConfig
     settings = dict(model.scratch)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     settings.setdefault("vocab_size", len(tokenizer))
-    if settings["vocab_size"] < len(tokenizer):
+    if settings["vocab_size"] + len(new_tokens(model, tokenizer_folder)) < len(tokenizer):
         raise ModelError(
             f"model.scratch.vocab_size is {settings['vocab_size']}, the tokenizer has {len(tokenizer)} tokens",
             hint="leave vocab_size out, or raise it",
         )
+    settings["vocab_size"] = max(settings["vocab_size"], len(tokenizer))
     settings |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     settings |= {"pad_token_id": tokenizer.pad_token_id}
     try:

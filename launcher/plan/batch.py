@@ -19,10 +19,16 @@ class BatchLayout:
     num_micro_steps: int
     """Gradient accumulation: forward and backward passes of each rank in one optimizer step."""
 
-    def slot(self, num_rows: int, micro_step: int, rank: int) -> range:
-        """Positions within a global batch of `num_rows` rows that `rank` takes at `micro_step`; may be empty."""
-        start = (micro_step * self.world_size + rank) * self.micro_batch_size
-        return range(min(start, num_rows), min(start + self.micro_batch_size, num_rows))
+    def slot(self, num_rows: int, micro_step: int, rank: int) -> list[int]:
+        """Positions within a global batch of `num_rows` rows that `rank` takes at `micro_step`; may be empty.
+
+        Rows come sorted by cost. The ranks take turns, to and fro, so that what each gets in a micro step costs alike:
+        of the rows 0 to 5, two ranks take 0, 3, 4 and 1, 2, 5.
+        """
+        start = micro_step * self.world_size * self.micro_batch_size
+        rounds = range(self.micro_batch_size)
+        places = (i * self.world_size + (self.world_size - 1 - rank if i % 2 else rank) for i in rounds)
+        return [start + place for place in places if start + place < num_rows]
 
 
 def batch_layout(global_batch_size: int, micro_batch_size: int, world_size: int) -> BatchLayout:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from launcher.recipe.schema_data import SourceFormat
 
 Dtype = Literal["fp32", "bf16"]
+SourceKind = Literal["local", "url", "hub"]
 Stage = Annotated[int, Field(ge=0, le=3)]
 
 
@@ -68,7 +69,7 @@ class MethodPlan(Part):
 class SourcePlan(Part):
     """Rows of one kind."""
 
-    kind: Literal["local", "url", "hub"]
+    kind: SourceKind
     """`local`: an absolute file, folder or glob; `url`: of a file system that fsspec knows; `hub`: a hub id."""
     path: str
     format: SourceFormat

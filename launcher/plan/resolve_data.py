@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 from launcher.errors import DataError
-from launcher.plan.plan import AugmentPlan, CleanPlan, DataPlan, HeldOutPlan, SourcePlan
-from launcher.recipe.load import LoadedRecipe, candidates, resolve_path
+from launcher.plan.plan import AugmentPlan, CleanPlan, DataPlan, HeldOutPlan, SourceKind, SourcePlan
+from launcher.recipe.load import LoadedRecipe, Origin, candidates, resolve_path
 from launcher.recipe.schema_data import HeldOut, Source
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::|://)")
@@ -74,33 +74,31 @@ def _sources(loaded: LoadedRecipe, key: str, sources: tuple[Source, ...]) -> tup
 
 
 def _source(loaded: LoadedRecipe, key: str, source: Source) -> SourcePlan:
-    rest = source.model_dump(exclude={"path"})
-    if _URL.match(source.path):
-        return SourcePlan(kind="url", path=source.path, **rest)
     origin = loaded.origins[key]
-    found = resolve_path(source.path, origin)
-    if found is not None:
-        return SourcePlan(kind="local", path=str(found.resolve()), **rest)
-    if glob.has_magic(source.path):
-        return SourcePlan(kind="local", path=_pattern(source.path, loaded, key), **rest)
-    if _HUB_ID.fullmatch(source.path) and not Path(source.path).suffix:
-        return SourcePlan(kind="hub", path=source.path, **rest)
-    raise DataError(
-        f"{origin}: {key}: {source.path} does not exist",
-        hint=f"paths are looked up beside the recipe, then in the current directory; on the command line: {key}=FILE",
-    )
+    found = find_source(source.path, origin)
+    if found is None:
+        what = f"nothing matches {source.path}" if glob.has_magic(source.path) else f"{source.path} does not exist"
+        raise DataError(
+            f"{origin}: {key}: {what}",
+            hint="paths are looked up beside the recipe, then in the current directory; on the command line: "
+            f"{key}=FILE",
+        )
+    kind, path = found
+    return SourcePlan(kind=kind, path=path, **source.model_dump(exclude={"path"}))
 
 
-def _pattern(pattern: str, loaded: LoadedRecipe, key: str) -> str:
-    """A glob, absolute: beside the recipe or in the current directory, wherever it finds a file."""
-    origin = loaded.origins[key]
-    for path in candidates(pattern, origin):
-        if glob.glob(str(path), recursive=True):
-            return str(path)
-    raise DataError(
-        f"{origin}: {key}: nothing matches {pattern}",
-        hint="a pattern is looked up beside the recipe, then in the current directory",
-    )
+def find_source(path: str, origin: Origin) -> tuple[SourceKind, str] | None:
+    """What `path` names: an absolute path or pattern, a URL or a hub id; None for a local file that is missing."""
+    if _URL.match(path):
+        return "url", path
+    if found := resolve_path(path, origin):
+        return "local", str(found)
+    if glob.has_magic(path):
+        matching = (str(place) for place in candidates(path, origin) if glob.glob(str(place), recursive=True))
+        return next((("local", place) for place in matching), None)
+    if _HUB_ID.fullmatch(path) and not Path(path).suffix:
+        return "hub", path
+    return None
 
 
 def _function(loaded: LoadedRecipe, value: str | None) -> tuple[str | None, str | None]:

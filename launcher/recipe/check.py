@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import re
+import string
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from launcher.errors import UserError
 from launcher.recipe.schema import Recipe
+from launcher.recipe.schema_data import Data, HeldOut, Source
 from launcher.units import parse_bytes, parse_seconds
+
+_LANGUAGES = (
+    "af am an ar as az ba be bg bn br bs ca cs cy da de dz el en eo es et eu fa fi fo fr fy ga gd gl gu ha he hi hr ht "
+    "hu hy id ig is it ja jv ka kk km kn ko ku ky la lb lg ln lo lt lv mg mk ml mn mr ms mt my ne nl nn no oc om or pa "
+    "pl ps pt qu ro ru rw sa se si sk sl sn so sq sr st sv sw ta te tg th tk tl tr tt ug uk ur uz vi vo wa xh yo zh zu"
+)
+LANGUAGES = tuple(_LANGUAGES.split())
+"""ISO 639-1 codes that py3langid tells. Written down, and held to the library by a test: importing it takes long."""
+WORDING_PARTS = ("instruction", "input")
+"""What `data.augment.wordings` may name: the parts of alpaca and classification rows."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +62,98 @@ def _data(recipe: Recipe) -> Iterator[Conflict]:
     data = recipe.data
     if not data.train:
         yield Conflict(("data.train",), "nothing to train on", "such as `train: [{path: train.jsonl}]`")
-    if data.eval.split is not None and data.eval.sources:
-        keys = ("data.eval.split", "data.eval.sources")
-        yield Conflict(keys, "given together with data.eval.sources", "hold out a share or name files, not both")
-    if data.eval.split in (0.0, 1.0):
-        left = "nothing would be held out" if data.eval.split == 0 else "nothing would be left to train on"
-        yield Conflict(("data.eval.split",), left, "give a share between 0 and 1, or null for no evaluation")
+    yield from _held_out("data.eval", data.eval, "null for no evaluation")
+    yield from _held_out("data.test", data.test, "null for no test")
+    shares = (data.eval.split or 0.0, data.test.split or 0.0)
+    if min(shares) > 0 and max(shares) < 1 <= sum(shares):
+        keys = ("data.eval.split", "data.test.split")
+        yield Conflict(keys, "with data.test.split, nothing would be left to train on", "keep their sum below 1")
+    yield from _classes(data)
+    yield from _cleaning(data)
+    for number, wording in enumerate(data.augment.wordings):
+        yield from _wording(f"data.augment.wordings.{number}", wording)
     if recipe.evaluate.generate and not data.test.sources and not data.test.split and not data.test.rows:
         keys = ("evaluate.generate", "data.test")
         yield Conflict(keys, "needs data.test", "name a file of held-out rows there, or set evaluate.generate to null")
+
+
+def _held_out(section: str, held_out: HeldOut, none: str) -> Iterator[Conflict]:
+    split, rows, sources = f"{section}.split", f"{section}.rows", f"{section}.sources"
+    if held_out.split is not None and held_out.rows is not None:
+        yield Conflict((split, rows), f"given together with {rows}", "hold out a share or a number of rows, not both")
+    if held_out.split is not None and held_out.sources:
+        yield Conflict((split, sources), f"given together with {sources}", "hold out a share or name files, not both")
+    if held_out.rows is not None and held_out.sources:
+        hint = "hold out a number of rows or name files, not both"
+        yield Conflict((rows, sources), f"given together with {sources}", hint)
+    if held_out.split in (0.0, 1.0):
+        left = "nothing would be held out" if held_out.split == 0 else "nothing would be left to train on"
+        yield Conflict((split,), left, f"give a share between 0 and 1, or {none}")
+
+
+def _classes(data: Data) -> Iterator[Conflict]:
+    # `auto` may turn out to be classification, whose rows have a class; where it does not, reading the data says so.
+    if data.label is None and not any(source.format in ("auto", "classification") for source in data.train):
+        hint = "name the column with each row's class"
+        if data.stratify:
+            yield Conflict(("data.stratify", "data.label"), "needs data.label", hint)
+        if data.balance != "none":
+            yield Conflict(("data.balance", "data.label"), "needs data.label", hint)
+    for key, source in _sources(data):
+        twice = next((label for i, label in enumerate(source.labels) if label in source.labels[:i]), None)
+        if twice is not None:
+            yield Conflict((f"{key}.labels",), f"'{twice}' is given twice", "one word for each number, from 0")
+
+
+def _sources(data: Data) -> Iterator[tuple[str, Source]]:
+    sections = {
+        "data.train": data.train,
+        "data.eval.sources": data.eval.sources,
+        "data.test.sources": data.test.sources,
+        "data.clean.contamination": data.clean.contamination,
+    }
+    for section, sources in sections.items():
+        for number, source in enumerate(sources):
+            yield f"{section}.{number}", source
+
+
+def _cleaning(data: Data) -> Iterator[Conflict]:
+    clean = data.clean
+    if clean.include is not None:
+        yield from _pattern("data.clean.include", clean.include)
+    for number, pattern in enumerate(clean.exclude):
+        yield from _pattern(f"data.clean.exclude.{number}", pattern)
+    for number, code in enumerate(clean.languages):
+        if code not in LANGUAGES:
+            meant = re.split("[-_]", code.lower())[0]
+            hint = f"did you mean {meant}?" if meant in LANGUAGES else "two letters of ISO 639-1, such as en, de or zh"
+            yield Conflict((f"data.clean.languages.{number}",), f"'{code}' is no language that can be told", hint)
+
+
+def _pattern(key: str, pattern: str) -> Iterator[Conflict]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        hint = "write it in Python's syntax; in YAML, between single quotes"
+        yield Conflict((key,), f"'{pattern}' is no regular expression: {error}", hint)
+
+
+def _wording(key: str, wording: str) -> Iterator[Conflict]:
+    try:
+        fields = [field for field in string.Formatter().parse(wording) if field[1] is not None]
+    except ValueError as error:
+        yield Conflict((key,), f"not a wording: {error}", "write a brace that is meant as one twice: {{ or }}")
+        return
+    known = f"a row's parts are {' and '.join(f'{{{part}}}' for part in WORDING_PARTS)}"
+    unknown = next((name for _, name, _, _ in fields if name not in WORDING_PARTS), None)
+    if unknown is not None:
+        yield Conflict((key,), f"unknown part {{{unknown}}}", f"{known}; write a brace that is meant as one twice")
+    elif not fields:
+        yield Conflict((key,), "names no part of the row", known)
+    elif any(spec or conversion for _, _, spec, conversion in fields):
+        yield Conflict((key,), "a part is put in as it is", known)
 
 
 def _numbers(recipe: Recipe) -> Iterator[Conflict]:

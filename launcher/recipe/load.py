@@ -215,7 +215,7 @@ def _overlap(one: Key, other: Key) -> bool:
 
 
 def _split(key: str) -> Key:
-    return tuple(key.split("."))
+    return tuple(int(part) if part.isdigit() else part for part in key.split("."))
 
 
 def _is_leaf(values: Any, key: Key) -> bool:

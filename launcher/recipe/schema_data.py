@@ -141,5 +141,5 @@ class Data(Section):
     workers: PositiveInt | Auto = "auto"
     """Processes that prepare the data on this machine; `auto`: one for little data, otherwise one a CPU core."""
     prepare_on: Literal["auto", "machine", "cluster"] = "auto"
-    """Where the data is tokenized: on this machine, or with Ray Data over the cluster. `auto`: on the cluster where the
-    files hold more than 8 GiB and the cluster has several nodes."""
+    """Where the data is tokenized: on this machine, or with Ray Data over the cluster. `auto`: on the cluster where one
+    is joined (`--address`) and the training files hold more than 8 GiB."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from launcher.checkpoint.retain import retain
 from launcher.checkpoint.save import save
-from launcher.data.loader import EvalData, MicroBatch, TestRows, TrainData
+from launcher.data.loader import EvalData, GlobalBatch, MicroBatch, TestRows, TrainData
 from launcher.plan.batch import BatchLayout
 from launcher.plan.plan import Plan
 from launcher.train.engine import optimizer_step as step_engine
@@ -93,7 +93,7 @@ def train(parts: Parts, progress: Progress) -> Verdict:
         step = progress.step
         global_batch = parts.train_data.global_batch(step)
         learning_rate = plan.trajectory.optimizer.lr * lr_factor(plan.trajectory.schedule, step, life.total_steps)
-        result = optimizer_step(parts, step, global_batch.supervised_tokens, learning_rate)
+        result = optimizer_step(parts, step, global_batch, learning_rate)
         if result.not_finite is not None:
             return Verdict(
                 "not_finite",
@@ -124,15 +124,15 @@ def train(parts: Parts, progress: Progress) -> Verdict:
     return Verdict("finished", progress.step, f"finished {progress.step} steps")
 
 
-def optimizer_step(parts: Parts, step: int, supervised_tokens: int, learning_rate: float) -> StepResult:
+def optimizer_step(parts: Parts, step: int, global_batch: GlobalBatch, learning_rate: float) -> StepResult:
     """Forward and backward over this rank's micro batches, then one optimizer step."""
     engine, batch, rank = parts.engine, parts.batch, dist.get_rank()
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     seed_step(parts.plan.trajectory.seed, step, rank)
     # DeepSpeed averages over ranks and micro steps; this turns that average of sums into the sum over the global batch
-    # divided by its supervised tokens, a number known before the first backward.
-    scale = batch.world_size * batch.num_micro_steps / supervised_tokens
+    # divided by the weight of its supervised tokens, a number known before the first backward.
+    scale = batch.world_size * batch.num_micro_steps / global_batch.weight
     micro_batches = parts.train_data.micro_batches(step, batch, rank)
     losses: list[torch.Tensor] = []
     correct = torch.zeros((), device=parts.device)
@@ -149,7 +149,7 @@ def optimizer_step(parts: Parts, step: int, supervised_tokens: int, learning_rat
             correct += micro_correct
         boundary = micro_step == batch.num_micro_steps - 1
         if boundary:
-            result = agree(parts, step, torch.stack(losses), correct, seen, supervised_tokens)
+            result = agree(parts, step, torch.stack(losses), correct, seen, global_batch)
             if result.not_finite is not None:
                 return result
         with parts.watch.part("backward"):
@@ -171,7 +171,12 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def agree(
-    parts: Parts, step: int, losses: torch.Tensor, correct: torch.Tensor, seen: list[MicroBatch], supervised_tokens: int
+    parts: Parts,
+    step: int,
+    losses: torch.Tensor,
+    correct: torch.Tensor,
+    seen: list[MicroBatch],
+    global_batch: GlobalBatch,
 ) -> StepResult:
     """Add the ranks' sums up, and tell every rank of a stop request or a loss that is not finite: the step's only
     wait."""
@@ -187,6 +192,7 @@ def agree(
     )
     dist.all_reduce(totals)
     loss_total, correct_total, num_bad, stops = totals.tolist()
+    loss, accuracy = loss_total / global_batch.weight, correct_total / global_batch.supervised_tokens
     not_finite = None
     if num_bad:
         mine = [where for ok, micro in zip(finite.tolist(), seen, strict=True) if not ok for where in micro.where]
@@ -194,8 +200,8 @@ def agree(
         dist.all_gather_object(gathered, mine)
         rows = [where for part in gathered for where in part]
         shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-        not_finite = f"the loss of step {step + 1} is {loss_total / supervised_tokens}; rows: {shown}"
-    return StepResult(loss_total / supervised_tokens, correct_total / supervised_tokens, bool(stops), not_finite)
+        not_finite = f"the loss of step {step + 1} is {loss}; rows: {shown}"
+    return StepResult(loss, accuracy, bool(stops), not_finite)
 
 
 def agreed_out_of_time(parts: Parts, elapsed_s: float) -> bool:

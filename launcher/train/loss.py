@@ -31,9 +31,11 @@ class SupervisedLoss:
         self.head_takes_index = flat and "logits_to_keep" in inspect.signature(type(causal_lm).forward).parameters
 
     def __call__(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Sum of the cross entropy over the S supervised tokens, differentiable, and correct tokens: both [] fp32."""
+        """Weighted sum of the cross entropy over the S supervised tokens, differentiable, and correct tokens: both []
+        fp32."""
         logits_SV = self.logits(batch)
-        return cross_entropy_sum(logits_SV, batch.targets.to(self.device, non_blocking=True))
+        weights_S = batch.weights.to(self.device, non_blocking=True) if batch.weights is not None else None
+        return cross_entropy_sum(logits_SV, batch.targets.to(self.device, non_blocking=True), weights_S)
 
     def logits(self, batch: MicroBatch) -> Tensor:
         """[S, V] logits that predict the batch's supervised tokens."""

@@ -30,6 +30,7 @@ def write_probe(loss: SupervisedLoss, batch: MicroBatch, run_dir: Path, step: in
         max_seqlen=length,
         supervised_index=torch.arange(length),
         targets=torch.zeros(length, dtype=torch.int64),
+        weights=None,
         where=batch.where[:1],
         num_tokens=length,
     )

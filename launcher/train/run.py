@@ -23,6 +23,7 @@ from launcher.data.loader import EvalData, TestRows, TrainData
 from launcher.errors import ModelError
 from launcher.model import attention
 from launcher.model.adapters import apply_method, enable_gradient_checkpointing
+from launcher.model.added_tokens import added_ids
 from launcher.model.load import load_model
 from launcher.plan.batch import BatchLayout, batch_layout
 from launcher.plan.deepspeed import deepspeed_config
@@ -109,8 +110,9 @@ def build_parts(plan: Plan, batch: BatchLayout, device: torch.device, metrics: M
     trajectory, folder = plan.trajectory, Path(plan.data.folder)
     ds_config = deepspeed_config(plan.layout, batch, trajectory.dtype, trajectory.optimizer.max_grad_norm)
     join_communication()
-    base = load_model(plan, ds_config, device)
-    model = apply_method(base, trajectory.method, trajectory.seed)
+    added = added_ids(plan)
+    base = load_model(plan, ds_config, device, added)
+    model = apply_method(base, trajectory.method, trajectory.seed, added)
     if plan.layout.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
@@ -127,7 +129,7 @@ def build_parts(plan: Plan, batch: BatchLayout, device: torch.device, metrics: M
         eval_data=EvalData(folder, plan.lifecycle.eval_max_rows),
         test_rows=TestRows(folder, generate.rows) if generate is not None else None,
         tokenizer=tokenizer,
-        end_of_turn=end_of_turn_id(tokenizer),
+        end_of_turn=end_of_turn_id(tokenizer, trajectory.model.template_kwargs),
         device=device,
         log=metrics,
         watch=Stopwatch(device),

@@ -20,7 +20,8 @@ RECIPE = """
 model:
   scratch: {model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2,
             num_key_value_heads: 1, vocab_size: 320, max_position_embeddings: 256, tie_word_embeddings: true}
-data: {train: [{path: rows.jsonl}], test: {sources: [{path: rows.jsonl}]}, eval: {split: 0.1}, max_length: 128}
+data: {train: [{path: rows.jsonl}], test: {sources: [{path: rows.jsonl}]}, eval: {split: 0.1},
+       clean: {overlap: keep}, max_length: 128}
 train: {max_steps: 24, global_batch_size: 4, micro_batch_size: 1}
 optimizer: {lr: 1.0e-3}
 parallel: {zero: 3}

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from launcher.data.prepare import prepare
-from launcher.data.store import Documents, read_packs
+from launcher.data.report import Report
+from launcher.data.store import Documents, Set, read_lists
 from launcher.errors import DataError, ModelError, RunFolderError
 from launcher.plan.plan import DataFacts, DataPlan, ModelPlan
 from tests import plans
@@ -22,7 +23,7 @@ from tests.plans import held_out, source_plan
 
 GSM8K = Path(__file__).parents[2].parent / "shared" / "data" / "gsm8k"
 SENTIMENT = GSM8K.parent / "sentiment" / "rotten_tomatoes.jsonl"
-NAMES = ["train.arrow", "eval.arrow", "packs.arrow", "test.jsonl", "dropped.jsonl", "notes.json"]
+NAMES = ["documents/00000.arrow", "eval.arrow", "packs.arrow", "test.jsonl", "dropped.jsonl", "report.json"]
 
 
 def rows(start: int, end: int) -> list[dict[str, str]]:
@@ -44,7 +45,8 @@ def data_plan(train: Path, test: Path | None = None, evaluation: Path | None = N
         "test": held_out(sources=(source_plan(test),) if test else ()),
         "max_length": 128,
     }
-    return plans.data_plan(source_plan(train), **(plan | changes))
+    format = changes.pop("train_format", "auto")
+    return plans.data_plan(source_plan(train, format=format), **(plan | changes))
 
 
 def model_plan(vocab_size: int = 300, tokenizer: str | None = None, chat_template: str | None = None) -> ModelPlan:
@@ -65,9 +67,15 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def places(folder: str, name: str) -> set[str]:
-    documents = Documents(Path(folder) / name)
-    return {documents.where(i) for i in range(len(documents))}
+def places(folder: str, kind: Set) -> set[str]:
+    documents = Documents(folder)
+    return {documents.where(i) for i in np.flatnonzero(documents.sets == kind).tolist()}
+
+
+def notes(facts: DataFacts) -> dict[str, int]:
+    report = Report.load(Path(facts.folder) / "report.json")
+    assert report is not None
+    return report.notes
 
 
 def test_the_whole_folder(tmp_path: Path) -> None:
@@ -87,18 +95,20 @@ def test_the_whole_folder(tmp_path: Path) -> None:
     assert facts.dropped == {}
     assert facts.vocab_size == 300
     assert facts.formats == {str(train): "question_answer", str(test): "question_answer"}
-    assert said[-2][0] == "pack"
+    assert said[-1] == ("pack", facts.train_documents, facts.train_documents)
     assert ("tokenize", 210, 210) in said
 
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    documents = Documents(folder / "train.arrow")
-    assert len(documents) == facts.train_documents
-    assert int(documents.lengths.sum()) == facts.train_tokens
-    assert int(documents.num_targets.sum()) == facts.train_supervised_tokens
+    documents = Documents(folder)
+    training = np.flatnonzero(documents.sets == Set.TRAIN)
+    assert len(training) == facts.train_documents
+    assert int(documents.lengths[training].sum()) == facts.train_tokens
+    assert int(documents.num_targets[training].sum()) == facts.train_supervised_tokens
+    assert read_lists(folder / "eval.arrow")[0].tolist() == np.flatnonzero(documents.sets == Set.EVAL).tolist()
     originals = rows(0, 200)
-    for index in range(len(documents)):
+    for index in training.tolist():
         row = originals[int(documents.where(index).removeprefix(f"{train}:")) - 1]
         ids, mask = documents.input_ids(index), documents.supervised(index)
         assert tokenizer.decode(ids[mask == 1]) == row["answer"] + "<|endoftext|>"
@@ -106,10 +116,10 @@ def test_the_whole_folder(tmp_path: Path) -> None:
             tokenizer.decode(ids)
             == f"### Instruction:\n{row['question']}\n\n### Response:\n{row['answer']}<|endoftext|>"
         )
-    packs = read_packs(folder / "packs.arrow")
+    packs = read_lists(folder / "packs.arrow")
     assert len(packs) == facts.train_rows < facts.train_documents
     together = [packs[i] for i in range(len(packs))]
-    assert sorted(np.concatenate(together).tolist()) == list(range(facts.train_documents))
+    assert sorted(np.concatenate(together).tolist()) == training.tolist()
     assert max(int(documents.lengths[pack].sum()) for pack in together) <= 128
     first = lines(folder / "test.jsonl")[0]
     assert first["where"] == f"{test}:1"
@@ -126,7 +136,7 @@ def test_prepared_twice_is_equal_to_the_byte(tmp_path: Path) -> None:
     names = sorted(str(path.relative_to(one.folder)) for path in Path(one.folder).rglob("*") if path.is_file())
     assert set(NAMES) | {"facts.json", "tokenizer/tokenizer.json", "tokenizer/chat_template.jinja"} <= set(names)
     for name in names:
-        if name != "facts.json":
+        if name not in ("facts.json", "report.json"):  # they name the folder and how long it took
             assert (Path(one.folder) / name).read_bytes() == (Path(two.folder) / name).read_bytes(), name
 
 
@@ -134,12 +144,12 @@ def test_found_again_without_loading_anything(tmp_path: Path) -> None:
     data = data_plan(write(tmp_path / "train.jsonl", rows(0, 100)))
     facts = prepare(model_plan(), data, seed=1, cache_dir=tmp_path / "cache")
     moved = (tmp_path / "cache").rename(tmp_path / "moved")
-    stamp = Path(moved, Path(facts.folder).name, "train.arrow").stat().st_mtime_ns
+    stamp = Path(moved, Path(facts.folder).name, "packs.arrow").stat().st_mtime_ns
     start = time.perf_counter()
     found = prepare(model_plan(), data, seed=1, cache_dir=moved)
     assert time.perf_counter() - start < 0.5
     assert found == facts.model_copy(update={"folder": str(moved / Path(facts.folder).name)})
-    assert Path(found.folder, "train.arrow").stat().st_mtime_ns == stamp
+    assert Path(found.folder, "packs.arrow").stat().st_mtime_ns == stamp
     script = (
         "import sys; from pathlib import Path; from launcher.plan.plan import DataPlan, ModelPlan\n"
         "from launcher.data.prepare import prepare\n"
@@ -182,14 +192,15 @@ def test_held_out_rows_stay_when_rows_are_added(tmp_path: Path) -> None:
     few, many = tmp_path / "few.jsonl", tmp_path / "many.jsonl"
     write(few, rows(0, 100) + rows(0, 20))  # twenty of them twice
     write(many, rows(0, 100) + rows(0, 20) + rows(100, 200))
-    one = prepare(model_plan(), data_plan(few), seed=1, cache_dir=tmp_path / "cache")
-    two = prepare(model_plan(), data_plan(many), seed=9, cache_dir=tmp_path / "cache")
-    held_out = {int(place.split(":")[1]) for place in places(one.folder, "eval.arrow")}
-    later = {int(place.split(":")[1]) for place in places(two.folder, "eval.arrow")}
+    kept = plans.clean_plan(duplicates="keep")
+    one = prepare(model_plan(), data_plan(few, clean=kept), seed=1, cache_dir=tmp_path / "cache")
+    two = prepare(model_plan(), data_plan(many, clean=kept), seed=9, cache_dir=tmp_path / "cache")
+    held_out = {int(place.split(":")[1]) for place in places(one.folder, Set.EVAL)}
+    later = {int(place.split(":")[1]) for place in places(two.folder, Set.EVAL)}
     assert held_out == {line for line in later if line <= 120}
     assert len(held_out) == one.eval_documents > 0
     assert {line for line in held_out if line <= 20} == {line - 100 for line in held_out if line > 100}
-    assert not places(one.folder, "eval.arrow") & places(one.folder, "train.arrow")
+    assert not places(one.folder, Set.EVAL) & places(one.folder, Set.TRAIN)
 
 
 def test_evaluation_from_files_of_its_own(tmp_path: Path) -> None:
@@ -198,7 +209,7 @@ def test_evaluation_from_files_of_its_own(tmp_path: Path) -> None:
         model_plan(), data_plan(train, evaluation=other, eval_split=None), seed=1, cache_dir=tmp_path / "cache"
     )
     assert (facts.train_documents, facts.eval_documents) == (50, 10)
-    assert places(facts.folder, "eval.arrow") == {f"{other}:{line}" for line in range(1, 11)}
+    assert places(facts.folder, Set.EVAL) == {f"{other}:{line}" for line in range(1, 11)}
 
 
 def test_dropped_rows_are_counted_and_listed(tmp_path: Path) -> None:
@@ -227,8 +238,8 @@ def test_dropped_rows_are_counted_and_listed(tmp_path: Path) -> None:
     # The long answer keeps its beginning; the long question has no answer left within the limit.
     assert facts.train_documents == 51
     assert facts.dropped == {"bad row": 2, "nothing supervised": 1}
-    assert json.loads((Path(facts.folder) / "notes.json").read_text())["truncated"] == 2
-    documents = Documents(Path(facts.folder) / "train.arrow")
+    assert notes(facts)["truncated"] == 2
+    documents = Documents(facts.folder)
     assert documents.lengths.max() == 128
     assert documents.where(50) == f"{train}:53"
 
@@ -239,27 +250,33 @@ def test_dropped_rows_are_counted_and_listed(tmp_path: Path) -> None:
         ("", {}, "{path}: no rows in it", "one JSON object a line"),
         ('{"question": "a", "answer": "b"}\n{"question"\n', {}, "{path}:2: not JSON", "on_bad_row=drop"),
         ('{"messages": [{"role": "user", "content": "a"}]}\n', {}, "{path}:1: no assistant turn", "role is assistant"),
-        ('{"text": "a"}\n', {}, "{path}:1: the format cannot be told", "known formats"),
-        ('{"text": "a"}\n{\n', {"on_bad_row": "drop"}, "no training row is left; dropped: 2 bad row", "the first: "),
+        ('{"words": "a"}\n', {}, "{path}:1: the format cannot be told", "known formats"),
+        ('{"words": "a"}\n{\n', {"on_bad_row": "drop"}, "{path}:1: the format cannot be told", "known formats"),
+        (
+            '{"question": "a"}\n{"question": "b"}\n',
+            {"on_bad_row": "drop", "train_format": "question_answer", "eval_split": None},
+            "no training row is left; dropped: 2 bad row",
+            "the first: ",
+        ),
         (
             '{"question": "a", "answer": "b"}\n' * 3,
-            {"max_length": 4},
-            "no training row is left; dropped: 3 too long",
+            {"max_length": 4, "eval_split": None},
+            "no training row is left; dropped: 2 duplicate, 1 too long",
             "the shortest has 1",
         ),
         (
             '{"question": "a", "answer": "b"}\n',
-            {"max_length": 4, "too_long": "stop"},
+            {"max_length": 4, "too_long": "stop", "eval_split": None},
             "{path}:1: 1",
-            "data.too_long to drop or truncate_end",
+            "data.too_long to drop, truncate_end",
         ),
         (
             '{"question": "a", "answer": "b"}\n',
-            {"max_length": 4, "too_long": "truncate_end"},
+            {"max_length": 4, "too_long": "truncate_end", "eval_split": None},
             "no training row is left; dropped: 1 nothing supervised",
-            "no supervised token in the first 4",
+            "no supervised token in its first 4 tokens",
         ),
-        ('{"question": "a", "answer": "b"}\n', {"eval_split": 1.0}, "no training row is left: ", "data.eval.split"),
+        ('{"question": "a", "answer": "b"}\n', {"eval_split": 1.0}, "no training row is left: ", "hold out less"),
     ],
 )
 def test_data_that_cannot_be_used(
@@ -314,9 +331,13 @@ def test_gsm8k(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not SENTIMENT.exists(), reason="real data is not here: ../shared/data/sentiment")
 def test_completions_that_end_in_a_spelled_out_end(tmp_path: Path) -> None:
-    facts = prepare(model_plan(), data_plan(SENTIMENT, SENTIMENT, max_length=2048), seed=1, cache_dir=tmp_path)
-    notes = json.loads((Path(facts.folder) / "notes.json").read_text())
-    assert notes["end_markers_removed"] == 200
+    facts = prepare(
+        model_plan(),
+        data_plan(SENTIMENT, SENTIMENT, max_length=2048, clean=plans.clean_plan(overlap="keep")),
+        seed=1,
+        cache_dir=tmp_path,
+    )
+    assert notes(facts)["end_markers_removed"] == 200
     assert {row["answer"] for row in lines(Path(facts.folder) / "test.jsonl")} == {"positive"}
-    documents = Documents(Path(facts.folder) / "train.arrow")
+    documents = Documents(facts.folder)
     assert all((documents.input_ids(i) == 0).sum() == 1 for i in range(len(documents)))

@@ -1,380 +1,365 @@
-"""E10: supervised tokens are the assistant's words and the end of its turn, whatever the chat template."""
+"""How rows become documents: what is unrolled, what is counted, what is refused and with which words."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING
+import datetime
+from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from launcher.data.formats import Conversation
-from launcher.data.template import Document, Encoder, encode, without_end_markers
-from launcher.data.tokenizer import load_tokenizer, train_tokenizer, training_text, with_template
-from launcher.errors import DataError, ModelError
-from launcher.plan.plan import ModelPlan
+from launcher.data.chat_template import DATE
+from launcher.data.conversation import Conversation, Message, ToolCall
+from launcher.data.template import Document, Encoder, adds_bos, end_of_turn_id, without_end_markers
+from launcher.data.tokenizer import train_tokenizer, with_template
+from launcher.errors import DataError
+from tests.unit.families import FAMILIES, TEXT, TOOL, hugging_face, tokenizer_of
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from transformers import PreTrainedTokenizerFast
-
-TEXT = [
-    "What is the sum of two and three? The sum of two and three is five.",
-    "You are a helpful assistant. Answer briefly.",
-    "Once upon a time there was a fox, and the fox ran over the hills and far away.",
-    "user assistant system model Instruction Response INST 0123456789 .,:;!?\n\n### \n",
-]
+USER, TOLD = Message("user", "What is the sum?"), Message("assistant", "The sum is five.")
+SINGLE = Conversation((USER, TOLD), "rows.jsonl:1")
+SYSTEM = Message("system", "You are brief.")
+CALL = Message("assistant", "", tool_calls=(ToolCall("get_weather", {"city": "Paris"}, "abcdefghi"),))
+RESULT = Message("tool", '{"sky": "clear"}', name="get_weather", tool_call_id="abcdefghi")
 
 
-@dataclass(frozen=True)
-class Family:
-    """One family of chat templates, in the shape its models have it."""
-
-    template: str | None
-    specials: tuple[str, ...]
-    end: str
-    """Token that ends a turn."""
-    bos: str | None = None
-    words_after: str = ""
-    """What the model has to write before its words, where the generation prompt stops short of them."""
-    system: bool = True
-    trims: bool = False
+def row(*messages: Message, **more: Any) -> Conversation:
+    return Conversation(messages, "rows.jsonl:1", **more)
 
 
-FAMILIES = {
-    "default": Family(None, ("<|endoftext|>",), "<|endoftext|>"),
-    "chatml": Family(
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-        ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
-        "<|im_end|>",
-    ),
-    "llama-3": Family(
-        "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' "
-        "+ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
-        ("<|end_of_text|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-        "<|eot_id|>",
-        bos="<|begin_of_text|>",
-        trims=True,
-    ),
-    "mistral": Family(
-        "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-        "{{ raise_exception('roles must alternate') }}{% endif %}"
-        "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
-        "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}",
-        ("</s>", "<s>"),
-        "</s>",
-        bos="<s>",
-        words_after=" ",
-        system=False,
-    ),
-    "zephyr": Family(
-        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|user|>\n' + m['content'] + eos_token }}"
-        "{% elif m['role'] == 'system' %}{{ '<|system|>\n' + m['content'] + eos_token }}"
-        "{% else %}{{ '<|assistant|>\n' + m['content'] + eos_token }}{% endif %}"
-        "{% if loop.last and add_generation_prompt %}{{ '\n<|assistant|>\n' }}"
-        "{% elif not loop.last %}{{ '\n' }}{% endif %}{% endfor %}",
-        ("</s>",),
-        "</s>",
-    ),
-    "gemma": Family(
-        "{{ bos_token }}{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
-        "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
-        ("<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"),
-        "<end_of_turn>",
-        bos="<bos>",
-        system=False,
-        trims=True,
-    ),
-    "phi-3": Family(
-        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}",
-        ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
-        "<|end|>",
-    ),
-    "qwen-3": Family(  # the last answer stands behind an empty thought, which the generation prompt leaves to the model
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-        "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-        "{{ m['content'].split('</think>')[-1] + '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-        ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
-        "<|im_end|>",
-        words_after="<think>\n\n</think>\n\n",
-    ),
-}
-SINGLE = Conversation((("user", "What is the sum?"), ("assistant", "The sum is five.")), "rows.jsonl:1")
-TURNS = Conversation(
-    (
-        ("system", "You are a helpful assistant."),
-        ("user", "What is two and three?"),
-        ("assistant", "five"),
-        ("user", "And four?\n"),
-        ("assistant", "five"),  # the same words twice: a turn's end must not be taken from the other
-        ("user", "Tell of the fox."),
-        ("assistant", "The fox ran,\n\n and ran.  "),
-    ),
-    "rows.jsonl:2",
+def documents(name: str, conversation: Conversation, **options: Any) -> list[Document]:
+    (made,) = Encoder(tokenizer_of(name), **({"supervise": "all"} | options)).encode([conversation])
+    assert not isinstance(made, DataError), made
+    return made
+
+
+def refusal(name: str, conversation: Conversation, **options: Any) -> DataError:
+    (made,) = Encoder(tokenizer_of(name), **({"supervise": "all"} | options)).encode([conversation])
+    assert isinstance(made, DataError), made
+    assert made.message.startswith("rows.jsonl:1: ")
+    assert made.hint
+    return made
+
+
+def coloured(name: str, document: Document) -> str:
+    """The text, what is learned between brackets."""
+    tokenizer = tokenizer_of(name)
+    text, before = "", 0
+    borders = np.flatnonzero(np.diff(document.supervised)) + 1
+    for ids, learned in zip(np.split(document.input_ids, borders), np.split(document.supervised, borders), strict=True):
+        text += f"⟦{tokenizer.decode(ids)}⟧" if learned[0] else tokenizer.decode(ids)
+        before += len(ids)
+    return text
+
+
+def test_history_that_is_written_otherwise_is_unrolled() -> None:
+    """Qwen3 drops the thoughts of answers that were given before the last question."""
+    thoughts = row(
+        USER, TOLD._replace(reasoning="Two and three"), Message("user", "And?"), Message("assistant", "Six.")
+    )
+    first, second = documents("qwen-3", thoughts)
+    asked = "<|im_start|>user\nWhat is the sum?<|im_end|>\n<|im_start|>assistant\n"
+    assert coloured("qwen-3", first) == (asked + "⟦<think>\nTwo and three\n</think>\n\nThe sum is five.<|im_end|>⟧\n")
+    assert coloured("qwen-3", second) == (
+        asked + "The sum is five.<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
+        "⟦<think>\n\n</think>\n\nSix.<|im_end|>⟧\n"
+    )
+    assert (first.notes, second.notes) == ({}, {"unrolled": 1})
+    (last,) = documents("qwen-3", thoughts, supervise="last")
+    assert coloured("qwen-3", last) == coloured("qwen-3", second)
+    assert last.notes == {}
+
+
+def test_what_stands_as_at_inference_stays_together() -> None:
+    """Within one question Qwen3 keeps the thoughts: the call and the answer are one document, the next another."""
+    conversation = row(
+        USER,
+        CALL._replace(reasoning="I look"),
+        RESULT,
+        TOLD._replace(reasoning="It says"),
+        USER,
+        TOLD._replace(reasoning="Again"),
+        tools=(TOOL,),
+    )
+    first, second = documents("qwen-3", conversation)
+    assert (first.num_turns, second.num_turns) == (2, 1)
+    assert "⟦<think>\nI look\n</think>" in coloured("qwen-3", first)
+    assert "I look" not in coloured("qwen-3", second)
+
+
+@pytest.mark.usefixtures("the_day")
+def test_an_answer_that_rewrites_its_own_prompt() -> None:
+    """GPT-OSS shows the thoughts behind a call to the model that answers, and drops them once it has answered."""
+    conversation = row(
+        USER, CALL._replace(reasoning="I look"), RESULT, TOLD._replace(reasoning="It says"), tools=(TOOL,)
+    )
+    (document,) = documents("gpt-oss", conversation)
+    prompt = hugging_face(tokenizer_of("gpt-oss"), FAMILIES["gpt-oss"], conversation, 3, True)
+    own = hugging_face(tokenizer_of("gpt-oss"), FAMILIES["gpt-oss"], conversation, 4, False)
+    assert "I look" in prompt
+    assert "I look" not in own
+    text = coloured("gpt-oss", document)
+    assert text.replace("⟦", "").replace("⟧", "").startswith(prompt)
+    assert text.endswith(
+        "<|start|>assistant⟦<|channel|>analysis<|message|>It says<|end|><|start|>assistant<|channel|>final<|message|>"
+        "The sum is five.<|return|>⟧"
+    )
+    assert "<|start|>assistant⟦<|channel|>analysis<|message|>I look<|end|><|start|>assistant to=functions" in text
+    assert '{"city": "Paris"}<|call|>⟧' in text
+
+
+def test_a_generation_prompt_that_answers_lack_is_said_aloud() -> None:
+    """DeepSeek-R1's ends with <think>, and its answers are written without."""
+    (document,) = documents("deepseek-r1", row(USER, TOLD, USER, TOLD._replace(reasoning="Two and three")))
+    text = coloured("deepseek-r1", document)
+    assert text.count("<｜Assistant｜>⟦The sum is five.<｜end▁of▁sentence｜>⟧") == 2
+    note = "the generation prompt ends with '<think>\\n', which the chat template leaves out of answers"
+    assert document.notes == {note: 2, "thoughts_left_out": 1}
+    # An answer that has the thought itself goes on where the prompt ends; behind the next question it has none.
+    told = Message("assistant", "<think>\nTwo and three\n</think>\n\nfive")
+    first, second = documents("deepseek-r1", row(USER, told, USER, told))
+    assert "<｜Assistant｜><think>\n⟦Two and three\n</think>\n\nfive<｜end▁of▁sentence｜>⟧" in coloured(
+        "deepseek-r1", first
+    )
+    assert "<｜Assistant｜>\n\nfive<｜end▁of▁sentence｜><｜User｜>" in coloured("deepseek-r1", second)
+    assert second.notes == {"unrolled": 1}
+
+
+def test_thoughts_that_stand_among_the_words_keep_their_marks() -> None:
+    """They are the assistant's own; spelled out by anyone else the same marks are text."""
+    conversation = row(
+        Message("user", "Use <think> or </think>"), Message("assistant", "<think>\nHm <|im_end|>\n</think>\n\nfive")
+    )
+    (document,) = documents("qwen-3", conversation)
+    ids, tokenizer = document.input_ids.tolist(), tokenizer_of("qwen-3")
+    for mark in ("<think>", "</think>", "<|im_end|>"):
+        assert ids.count(tokenizer.convert_tokens_to_ids(mark)) == 1 + (mark == "<|im_end|>")
+    assert coloured("qwen-3", document).endswith("⟦<think>\nHm <|im_end|>\n</think>\n\nfive<|im_end|>⟧\n")
+    assert document.notes == {"control_tokens_as_text": 3}
+
+
+def test_control_tokens_in_calls_and_tools_are_text() -> None:
+    call = CALL._replace(tool_calls=(ToolCall("get_weather", {"city": "</tool_call>", "n": [1, "<|im_end|>"]}),))
+    tool = {"type": "function", "function": TOOL["function"] | {"description": "Of a <tool_call>"}}
+    conversation = row(USER, call, Message("tool", "a </tool_response>"), TOLD, tools=(tool,))
+    (document,) = documents("qwen-2.5", conversation)
+    (other,) = documents("qwen-2.5", row(USER, CALL, RESULT, TOLD, tools=(TOOL,)))
+    controls = set(tokenizer_of("qwen-2.5").added_tokens_decoder)
+    assert [i for i in document.input_ids.tolist() if i in controls] == [
+        i for i in other.input_ids.tolist() if i in controls
+    ]
+    assert '"city": "</tool_call>"' in coloured("qwen-2.5", document)
+    assert document.notes == {"control_tokens_as_text": 4}
+
+
+def test_stripped_control_tokens_are_counted() -> None:
+    conversation = row(Message("user", "What <|im_<|im_end|>end|>is?"), Message("assistant", "five<|im_start|> or six"))
+    (document,) = documents("chatml", conversation, special_tokens="strip")
+    assert coloured("chatml", document) == (
+        "<|im_start|>user\nWhat is?<|im_end|>\n<|im_start|>assistant\n⟦five or six<|im_end|>⟧\n"
+    )
+    assert document.notes == {"control_tokens_stripped": 3}
+
+
+def test_marks_of_the_row_decide_what_is_learned() -> None:
+    said = [Message("assistant", word) for word in ("one", "two", "three")]
+    conversation = row(USER, said[0]._replace(learn=True), USER, said[1]._replace(learn=False), USER, said[2])
+
+    def learned(conversation: Conversation, supervise: str) -> list[str]:
+        (document,) = documents("chatml", conversation, supervise=supervise)
+        return [part.split("<|im_end|>⟧")[0] for part in coloured("chatml", document).split("⟦")[1:]]
+
+    assert learned(conversation, "all") == ["one", "three"]
+    assert learned(conversation, "last") == ["three"]
+    assert learned(conversation, "marked") == ["one"]
+    unmarked = row(USER, said[0]._replace(learn=False))
+    for supervise in ("all", "last", "marked"):
+        assert "no assistant turn is marked" in refusal("chatml", unmarked, supervise=supervise).message
+    # What follows the last learned turn is left off: nothing in it is learned.
+    (document,) = documents("chatml", conversation, supervise="marked")
+    assert coloured("chatml", document).count("<|im_start|>") == 2
+
+
+def test_system_turns_for_templates_that_know_none() -> None:
+    conversation = row(SYSTEM, Message("developer", "Be kind."), USER, TOLD, USER, TOLD)
+    error = refusal("gemma", conversation)
+    assert "refuses this conversation: System role not supported" in error.message
+    assert "data.system_turns: merge" in str(error.hint)
+    (merged,) = documents("gemma", conversation, system_turns="merge")
+    assert coloured("gemma", merged).startswith(
+        "<bos><start_of_turn>user\nYou are brief.\n\nBe kind.\n\nWhat is the sum?<end_of_turn>\n<start_of_turn>model\n⟦"
+    )
+    assert merged.notes == {"system_turns_merged": 2}
+    (dropped,) = documents("gemma", conversation, system_turns="drop")
+    (without,) = documents("gemma", row(USER, TOLD, USER, TOLD))
+    assert dropped.input_ids.tolist() == without.input_ids.tolist()
+    assert dropped.notes == {"system_turns_dropped": 2}
+    assert "no user turn follows" in refusal("chatml", row(SYSTEM, TOLD), system_turns="merge").message
+    # Messages keep the numbers that they have in the user's row.
+    empty = row(SYSTEM, USER, Message("assistant", " "))
+    assert "message 3: the assistant says nothing" in refusal("gemma", empty, system_turns="drop").message
+
+
+def test_plain_text_is_learned_whole() -> None:
+    text = Conversation((), "rows.jsonl:1", text="Once upon </s> a time.\n</s> <|endoftext|>\n")
+    (document,) = documents("llama-2", text)
+    assert coloured("llama-2", document) == "<s>⟦Once upon </s> a time.\n</s>⟧"
+    assert document.input_ids.tolist().count(tokenizer_of("llama-2").eos_token_id) == 1
+    assert document.notes == {"end_markers_removed": 1, "control_tokens_as_text": 1}
+    (document,) = documents("chatml", Conversation((), "rows.jsonl:1", text="Once."))
+    assert coloured("chatml", document) == "⟦Once.<|endoftext|>⟧"
+    assert document.num_targets == len(document.input_ids) - 1
+    assert "is empty" in refusal("chatml", Conversation((), "rows.jsonl:1", text="<|endoftext|>")).message
+
+
+def test_end_markers_of_older_files_go() -> None:
+    marked = row(Message("user", "a<|endoftext|>"), Message("assistant", "five<|endoftext|> </s>\n"))
+    plain = row(Message("user", "a<|endoftext|>"), Message("assistant", "five"))
+    assert without_end_markers(marked, "</s>") == (plain, 1)
+    assert without_end_markers(plain, "</s>") == (plain, 0)
+    (document,), (other,) = documents("mistral-v1", marked), documents("mistral-v1", plain)
+    assert document.notes == {"end_markers_removed": 1}
+    assert document.input_ids.tolist() == other.input_ids.tolist()
+    empty = row(USER, Message("assistant", "<|endoftext|>"))
+    assert "message 2: the assistant says nothing" in refusal("mistral-v1", empty).message
+
+
+def test_the_end_of_text_is_learned_where_it_also_fills() -> None:
+    tokenizer = train_tokenizer(TEXT, 300)
+    tokenizer.pad_token = tokenizer.eos_token
+    (made,) = Encoder(with_template(tokenizer, None), "all").encode([SINGLE])
+    assert isinstance(made, list)
+    (document,) = made
+    assert document.input_ids[-1] == tokenizer.eos_token_id == tokenizer.pad_token_id
+    assert document.supervised[-1] == 1
+
+
+def test_variables_of_the_template() -> None:
+    (document,) = documents("qwen-3", SINGLE, template_kwargs={"enable_thinking": False})
+    assert coloured("qwen-3", document).endswith("assistant\n<think>\n\n</think>\n\n⟦The sum is five.<|im_end|>⟧\n")
+    search = CALL._replace(tool_calls=(ToolCall("search", {"query": "Paris"}),))
+    kwargs = {"builtin_tools": ["search"]}
+    (document,) = documents("llama-3.1", row(USER, search, RESULT, TOLD), template_kwargs=kwargs)
+    assert '⟦<|python_tag|>search.call(query="Paris")<|eom_id|>⟧' in coloured("llama-3.1", document)
+    assert coloured("llama-3.1", document).endswith("⟦The sum is five.<|eot_id|>⟧")
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("phi-3", "<|end|>"),
+        ("gpt-oss", "<|return|>"),
+        ("two ends", "<|END|>"),
+        ("zephyr", "</s>"),
+        ("qwen-3", "<|im_end|>"),
+    ],
 )
-
-
-@cache
-def tokenizer_of(name: str, byte_level: bool = True) -> PreTrainedTokenizerFast:
-    from transformers import PreTrainedTokenizerFast
-
-    family = FAMILIES[name]
-    backend = Tokenizer(models.BPE())
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet()) if byte_level else sorted("".join(TEXT) + "<|_>[]/")
-    specials = [AddedToken(text, special=True, normalized=False) for text in family.specials]
-    if byte_level:
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-    else:  # Llama 2 and the first Mistral: a space before whatever begins, also after a control token
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
-    )
-    # Without a pre-tokenizer the training text is cut into words here, or whole sentences would become tokens.
-    words = TEXT * 8 if byte_level else [word for text in TEXT for word in text.replace("\n", " \n ").split(" ")] * 8
-    backend.train_from_iterator(words, trainer)
-    if family.bos:  # Llama's tokenizer adds it by itself, so it would stand there twice with the template's own
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{family.bos} $A", special_tokens=[(family.bos, backend.token_to_id(family.bos))]
-        )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=family.specials[0],
-        bos_token=family.bos,
-        clean_up_tokenization_spaces=False,
-    )
-    return with_template(tokenizer, family.template)
-
-
-def learned(document: Document, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The text of each stretch of supervised tokens."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], document.supervised, [0]])))
-    return [tokenizer.decode(document.input_ids[a:b]) for a, b in edges.reshape(-1, 2)]
-
-
-def said(conversation: Conversation, family: Family) -> list[str]:
-    words = [content for role, content in conversation.messages if role == "assistant"]
-    return [family.words_after + (text.strip() if family.trims else text) + family.end for text in words]
-
-
-def without_system(conversation: Conversation, family: Family) -> Conversation:
-    messages = tuple(m for m in conversation.messages if family.system or m[0] != "system")
-    return Conversation(messages, conversation.where)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_e10_supervised_tokens_are_the_words_and_the_end_of_turn(name: str) -> None:
-    family, tokenizer = FAMILIES[name], tokenizer_of(name)
-    document = encode(SINGLE, tokenizer, "all")
-    assert learned(document, tokenizer) == said(SINGLE, family)
-    assert document.input_ids.dtype == np.int32
-    assert document.supervised.dtype == np.uint8
-    turns = without_system(TURNS, family)
-    assert learned(encode(turns, tokenizer, "last"), tokenizer) == said(turns, family)[-1:]
-    if name == "qwen-3":  # an earlier answer loses its thought once a later one is there
-        with pytest.raises(DataError, match=r"rows.jsonl:2: message 3: the chat template writes what comes before"):
-            encode(turns, tokenizer, "all")
-    else:
-        assert learned(encode(turns, tokenizer, "all"), tokenizer) == said(turns, family)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_tokens_are_what_inference_sees(name: str) -> None:
-    """All tokens decode to the template's own text, the prompt's are those of the whole prompt, and BOS comes once."""
-    family, tokenizer = FAMILIES[name], tokenizer_of(name)
-    turns = without_system(TURNS, family)
-    document = encode(turns, tokenizer, "last")
-    shown = [{"role": role, "content": content} for role, content in turns.messages]
-    assert tokenizer.decode(document.input_ids) == tokenizer.apply_chat_template(shown, tokenize=False)
-    prompt = tokenizer.apply_chat_template(shown[:-1], add_generation_prompt=True, return_dict=False)
-    start = int(document.supervised.argmax())
-    assert document.input_ids[:start].tolist() == prompt
-    text, ids = Encoder(tokenizer, "all").prompt(turns)
-    assert ids == prompt
-    assert text == tokenizer.apply_chat_template(shown[:-1], add_generation_prompt=True, tokenize=False)
-    if family.bos:
-        assert document.input_ids.tolist().count(tokenizer.bos_token_id) == 1
-        assert document.input_ids[0] == tokenizer.bos_token_id
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_control_tokens_in_messages_stay_text(name: str) -> None:
-    family, tokenizer = FAMILIES[name], tokenizer_of(name)
-    spelled = "".join(family.specials)
-    conversation = Conversation(
-        (
-            ("user", f"What is {spelled}?"),
-            ("assistant", f"The {spelled} ends {family.end} it"),
-            ("user", f"{family.end} Forget it."),
-            ("assistant", f"{spelled} is five"),
-        ),
-        "rows.jsonl:4",
-    )
-    document = encode(conversation, tokenizer, "last")
-    assert learned(document, tokenizer) == said(conversation, family)[-1:]
-    plain = Conversation((("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")))
-    specials = set(tokenizer.all_special_ids) | {tokenizer.convert_tokens_to_ids(text) for text in family.specials}
-
-    def controls(document: Document) -> list[int]:
-        return [i for i in document.input_ids.tolist() if i in specials]
-
-    assert controls(document) == controls(encode(plain, tokenizer, "last"))
-    shown = [{"role": role, "content": content} for role, content in conversation.messages]
-    assert tokenizer.decode(document.input_ids) == tokenizer.apply_chat_template(shown, tokenize=False)
-    text, ids = Encoder(tokenizer, "last").prompt(conversation)
-    assert tokenizer.decode(ids) == text
-    assert ids == document.input_ids[: len(ids)].tolist()
-
-
-def test_tokenizer_that_puts_a_space_before_whatever_begins() -> None:
-    """Llama 2's kind: an answer tokenized on its own would begin with a space that inference does not have."""
-    tokenizer = tokenizer_of("mistral", byte_level=False)
-    turns = without_system(TURNS, FAMILIES["mistral"])
-    document = encode(turns, tokenizer, "all")
-    shown = [{"role": role, "content": content} for role, content in turns.messages]
-    assert document.input_ids.tolist() == tokenizer.apply_chat_template(shown, return_dict=False)
-    assert int(document.supervised.sum()) < len(document.input_ids)
-    ends = [int(i) for i in document.input_ids[document.supervised == 1] if i == tokenizer.eos_token_id]
-    assert len(ends) == 3
-    chatml = tokenizer_of("chatml", byte_level=False)
-    document = encode(SINGLE, chatml, "all")
-    text = chatml.convert_ids_to_tokens(document.input_ids[document.supervised == 1].tolist())
-    assert "".join(text) == "The▁sum▁is▁five.<|im_end|>"
-    spelled = Conversation((("user", "a"), ("assistant", "The <|im_end|> is")), "rows.jsonl:1")
-    document = encode(spelled, chatml, "all")
-    text = chatml.convert_ids_to_tokens(document.input_ids[document.supervised == 1].tolist())
-    assert "".join(text) == "The▁<|im_end|>▁is<|im_end|>"
-    assert document.input_ids.tolist().count(chatml.convert_tokens_to_ids("<|im_end|>")) == 2
+def test_where_generation_stops(name: str, end: str) -> None:
+    tokenizer = tokenizer_of(name)
+    assert end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids(end)
+    assert Encoder(tokenizer, "marked").end_of_turn_id == tokenizer.convert_tokens_to_ids(end)
 
 
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "without a special token"),
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "message 2: the chat template ends the assistant's"),
+        ("{% for m in messages %}{{ m['content'] | upper + eos_token }}{% endfor %}", "changes the assistant's words"),
         (
-            "{% for m in messages %}{{ m['content'] | upper + eos_token }}{% endfor %}",
-            "changes the assistant's words",
-        ),
-        (
-            "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
-            "{% if add_generation_prompt %}{{ '<think>' }}{% endif %}",
+            "{% for m in messages %}{{ m['content'] | length ~ m['content'] + eos_token }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'Now you: ' }}{% endif %}",
             "writes what comes before an answer otherwise",
         ),
-        ("{{ messages | length }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}", "otherwise"),
         ("{% for m in messages %}{{ m['content'] }} .{{ eos_token }}{% endfor %}", "without a special token"),
-        ("{{ raise_exception('no system, please') }}", "refuses this conversation: no system, please"),
+        ("{{ raise_exception('no, please') }}", "refuses this conversation: no, please"),
         ("{% for m in messages %}{{ m['content'] + 1 }}{% endfor %}", "refuses this conversation"),
+        (
+            "{{ messages[-1]['content'] + eos_token }}",
+            "message 1: the chat template leaves out or changes the words of the user",
+        ),
+        (
+            "{% for m in messages %}{{ m['content'].replace('What', 'Who') + eos_token }}{% endfor %}",
+            "message 1: the chat template leaves out or changes the words of the user",
+        ),
     ],
 )
 def test_templates_that_cannot_be_masked_exactly_are_refused(template: str, said: str) -> None:
     tokenizer = with_template(train_tokenizer(TEXT, 300), template)
-    with pytest.raises(DataError) as error:
-        encode(SINGLE, tokenizer, "all")
-    assert error.value.message.startswith("rows.jsonl:1: ")
-    assert said in error.value.message
-    assert error.value.hint
+    (error,) = Encoder(tokenizer, "all").encode([SINGLE])
+    assert isinstance(error, DataError)
+    assert error.message.startswith("rows.jsonl:1: ")
+    assert said in error.message
+    assert error.hint
+
+
+def test_nothing_is_left_out_in_silence() -> None:
+    assert "does not write the tools" in refusal("chatml", row(USER, TOLD, tools=(TOOL,))).message
+    assert "message 2: the chat template does not write tool calls" in refusal("chatml", row(USER, CALL)).message
+    # Its calls name the tool, which is not to say that the template writes what it is.
+    assert "does not write the tools" in refusal("deepseek-v3", row(USER, CALL, RESULT, TOLD, tools=(TOOL,))).message
+    error = refusal("mistral-v3", row(SYSTEM, USER, CALL, RESULT, TOLD, tools=(TOOL,)))
+    assert "message 1: the chat template leaves out or changes the words of the system" in error.message
+    assert "data.system_turns" in str(error.hint)
+    error = refusal("phi-4", row(USER, Message("tool", "clear sky"), TOLD))
+    assert "message 2: the chat template leaves out or changes the words of the tool" in error.message
+    twice = CALL._replace(tool_calls=CALL.tool_calls * 2)
+    assert "does not write tool calls" in refusal("gpt-oss", row(USER, twice, tools=(TOOL,))).message
+    assert "changes the assistant's words" in refusal("llama-3.1", row(USER, CALL._replace(content="I look"))).message
+    (document,) = documents("chatml", row(USER, TOLD._replace(reasoning="Two and three")))
+    assert document.notes == {"thoughts_left_out": 1}
+
+
+def test_the_assistant_may_begin_where_the_template_lets_it() -> None:
+    (document,) = documents("chatml", row(TOLD, USER, TOLD))
+    assert coloured("chatml", document).startswith(
+        "<|im_start|>assistant\n⟦The sum is five.<|im_end|>⟧\n<|im_start|>user"
+    )
+    (document,) = documents("gpt-oss", row(TOLD))  # its template cannot do without a first message
+    assert coloured("gpt-oss", document).endswith("<|message|>⟦The sum is five.<|return|>⟧")
 
 
 def test_one_refused_row_does_not_stop_the_others() -> None:
-    tokenizer = tokenizer_of("mistral")
-    wrong = Conversation((("user", "a"), ("user", "b"), ("assistant", "c")), "rows.jsonl:7")
-    hidden = Conversation((("user", "\ufdd00\ufdd1"), ("assistant", "c")), "rows.jsonl:8")
-    first, second, third, fourth = Encoder(tokenizer, "all").encode([SINGLE, wrong, hidden, SINGLE])
-    assert isinstance(second, DataError)
-    assert second.message.startswith("rows.jsonl:7: ")
-    assert isinstance(third, DataError)
-    assert third.message.startswith("rows.jsonl:8: U+FDD0")
-    assert isinstance(first, Document)
-    assert isinstance(fourth, Document)
-    assert first.input_ids.tolist() == fourth.input_ids.tolist()
-    assert Encoder(tokenizer, "all").encode([]) == []
+    encoder = Encoder(tokenizer_of("mistral-v1"), "all")
+    wrong = Conversation((USER, USER, TOLD), "rows.jsonl:7")
+    hidden = Conversation((Message("user", "\ufdd00\ufdd1"), TOLD), "rows.jsonl:8")
+    results = encoder.encode([SINGLE, wrong, hidden, SINGLE] * 300)  # more than one call of the tokenizer
+    assert len(results) == 1200
+    first = results[0]
+    assert isinstance(first, list)
+    for i, result in enumerate(results):
+        if i % 4 in (0, 3):
+            assert isinstance(result, list)
+            assert result[0].input_ids.tolist() == first[0].input_ids.tolist()
+            assert result[0].supervised.tolist() == first[0].supervised.tolist()
+        else:
+            assert isinstance(result, DataError)
+            assert result.message.startswith(["rows.jsonl:7: the chat", "rows.jsonl:8: U+FDD0"][i % 4 - 1])
+    assert encoder.encode([]) == []
+    with pytest.raises(DataError, match=r"rows.jsonl:7: the chat template refuses"):
+        encoder.prompt(wrong)
 
 
-def test_end_markers_of_older_files_go() -> None:
-    tokenizer = tokenizer_of("mistral")
-    marked = Conversation((("user", "a<|endoftext|>"), ("assistant", "five<|endoftext|> </s>\n")), "rows.jsonl:1")
-    plain = Conversation((("user", "a<|endoftext|>"), ("assistant", "five")), "rows.jsonl:1")
-    assert without_end_markers(marked, "</s>") == (plain, 1)
-    assert without_end_markers(plain, "</s>") == (plain, 0)
-    document = encode(marked, tokenizer, "all")
-    assert document.num_markers == 1
-    assert document.input_ids.tolist() == encode(plain, tokenizer, "all").input_ids.tolist()
-    empty = Conversation((("user", "a"), ("assistant", "<|endoftext|>")), "rows.jsonl:1")
-    with pytest.raises(DataError, match="message 2: the assistant says nothing"):
-        encode(empty, tokenizer, "all")
+def test_parts_of_a_document() -> None:
+    (document,) = documents("chatml", row(USER, TOLD, USER, TOLD, tools=()))
+    assert document.num_turns == 2
+    assert document.num_targets == int(document.supervised.sum())
+    begin = int(document.supervised.argmax()) + 1
+    part = document.part(begin, len(document.input_ids))
+    assert part.num_turns == 2
+    assert part.num_targets == document.num_targets - 2  # one before the cut, one with nothing before it
+    assert document.part(0, begin - 1).num_targets == 0
 
 
-def test_trained_tokenizer_is_deterministic_and_writes_anything() -> None:
-    tokenizer = train_tokenizer(TEXT * 5, 320)
-    assert len(tokenizer) == 320
-    again = train_tokenizer(TEXT * 5, 320)
-    assert tokenizer.backend_tokenizer.to_str() == again.backend_tokenizer.to_str()
-    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|endoftext|>", "<|pad|>")
-    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1)
-    anything = "".join(map(chr, range(1, 600))) + "한국어 🦊\r\n\t"
-    assert tokenizer.decode(tokenizer(anything)["input_ids"]) == anything
-    text = training_text(Conversation((("user", "2+2?"), ("assistant", "4<|endoftext|>"))))
-    assert text == "### Instruction:\n2+2?\n\n### Response:\n4"
+def test_where_a_document_begins() -> None:
+    assert adds_bos(tokenizer_of("llama-2"))
+    assert not adds_bos(tokenizer_of("chatml"))
+    assert not adds_bos(tokenizer_of("zephyr"))
 
 
-def test_default_template_begins_with_bos_where_the_tokenizer_adds_it() -> None:
-    tokenizer = tokenizer_of("mistral")
-    own = tokenizer.chat_template
-    try:
-        tokenizer.chat_template = None
-        document = encode(SINGLE, with_template(tokenizer, None), "all")
-        assert tokenizer.decode(document.input_ids) == (
-            "<s>### Instruction:\nWhat is the sum?\n\n### Response:\nThe sum is five.</s>"
-        )
-        assert document.input_ids.tolist().count(tokenizer.bos_token_id) == 1
-    finally:
-        tokenizer.chat_template = own
+@pytest.fixture
+def the_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Today(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> Today:
+            return cls(DATE.year, DATE.month, DATE.day)
 
-
-def model_plan(path: str, chat_template: str | None = None) -> ModelPlan:
-    return ModelPlan(
-        source="folder",
-        path=path,
-        revision=None,
-        scratch=None,
-        tokenizer=None,
-        chat_template=chat_template,
-        template_kwargs={},
-        add_tokens=(),
-        trust_remote_code=False,
-    )
-
-
-def test_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the environment was read at import
-    saved = tokenizer_of("chatml")
-    saved.save_pretrained(tmp_path / "chatml")
-    loaded = load_tokenizer(model_plan(str(tmp_path / "chatml")))
-    assert loaded.chat_template == saved.chat_template
-    assert encode(TURNS, loaded, "all").input_ids.tolist() == encode(TURNS, saved, "all").input_ids.tolist()
-    replaced = load_tokenizer(model_plan(str(tmp_path / "chatml"), FAMILIES["zephyr"].template))
-    assert replaced.chat_template == FAMILIES["zephyr"].template
-    (tmp_path / "empty").mkdir()
-    for path, hint in [
-        (str(tmp_path / "empty"), "tokenizer.json"),
-        (str(tmp_path / "none"), "no such folder"),
-        ("nobody/nothing-of-this-name", "HF_HUB_OFFLINE"),
-    ]:
-        with pytest.raises(ModelError) as error:
-            load_tokenizer(model_plan(path))
-        assert error.value.message.startswith(f"{path}: the tokenizer cannot be loaded: ")
-        assert hint in str(error.value.hint)
-    saved_eos, saved.eos_token = saved.eos_token, None
-    try:
-        with pytest.raises(ModelError, match="no eos_token"):
-            with_template(saved, None)
-    finally:
-        saved.eos_token = saved_eos
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Today)

@@ -92,6 +92,7 @@ def pack(lengths: Sequence[int], seed: int = 0) -> MicroBatch:
         max_seqlen=max(lengths),
         supervised_index=predicted - 1,
         targets=ids[predicted],
+        weights=None,
         where=tuple(f"made up:{i}" for i in range(len(lengths))),
         num_tokens=len(ids),
     )

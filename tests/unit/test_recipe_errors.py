@@ -161,6 +161,110 @@ def test_one_wrong_file(text: str, message: str) -> None:
         assert found == message
 
 
+DATA = "model: {path: gpt2}\ndata:\n  train: [{path: a.jsonl}]\n"
+ALPACA = "model: {path: gpt2}\ndata:\n  train: [{path: a.jsonl, format: alpaca}]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            DATA + "  eval: {split: 0.1, rows: 20}",
+            "data.eval.split: given together with data.eval.rows\n"
+            "  hint: hold out a share or a number of rows, not both",
+        ),
+        (
+            DATA + "  test: {rows: 20, sources: [{path: b}]}",
+            "data.test.rows: given together with data.test.sources\n"
+            "  hint: hold out a number of rows or name files, not both",
+        ),
+        (
+            DATA + "  test: {split: 0.1, sources: [{path: b}]}",
+            "data.test.split: given together with data.test.sources\n  hint: hold out a share or name files, not both",
+        ),
+        (
+            DATA + "  eval: {split: 0.0}",
+            "data.eval.split: nothing would be held out\n"
+            "  hint: give a share between 0 and 1, or null for no evaluation",
+        ),
+        (
+            DATA + "  test: {split: 1.0}",
+            "data.test.split: nothing would be left to train on\n"
+            "  hint: give a share between 0 and 1, or null for no test",
+        ),
+        (
+            DATA + "  eval: {split: 0.7}\n  test: {split: 0.3}",
+            "data.eval.split: with data.test.split, nothing would be left to train on\n  hint: keep their sum below 1",
+        ),
+        (
+            ALPACA + "  stratify: true",
+            "data.stratify: needs data.label\n  hint: name the column with each row's class",
+        ),
+        (
+            ALPACA + "  balance: weights",
+            "data.balance: needs data.label\n  hint: name the column with each row's class",
+        ),
+        (
+            "model: {path: gpt2}\ndata:\n\n  train: [{path: a, format: classification, labels: [no, 'yes', 'yes']}]",
+            "data.train.0.labels: 'yes' is given twice\n  hint: one word for each number, from 0",
+        ),
+        (
+            DATA + "  clean: {include: '(a'}",
+            "data.clean.include: '(a' is no regular expression: missing ), unterminated subpattern at position 0\n"
+            "  hint: write it in Python's syntax; in YAML, between single quotes",
+        ),
+        (
+            DATA + "  clean: {exclude: ['[[a]', '*', b]}",
+            "data.clean.exclude.1: '*' is no regular expression: nothing to repeat at position 0\n"
+            "  hint: write it in Python's syntax; in YAML, between single quotes",
+        ),
+        (
+            DATA + "  clean: {languages: [en, zh-CN]}",
+            "data.clean.languages.1: 'zh-CN' is no language that can be told\n  hint: did you mean zh?",
+        ),
+        (
+            DATA + "  clean: {languages: [english]}",
+            "data.clean.languages.0: 'english' is no language that can be told\n"
+            "  hint: two letters of ISO 639-1, such as en, de or zh",
+        ),
+        (
+            DATA + "  augment: {wordings: ['{instruction} {input}', 'Do: {instructions}']}",
+            "data.augment.wordings.1: unknown part {instructions}\n"
+            "  hint: a row's parts are {instruction} and {input}; write a brace that is meant as one twice",
+        ),
+        (
+            DATA + "  augment: {wordings: ['Do it: {instruction']}",
+            "data.augment.wordings.0: not a wording: expected '}' before end of string\n"
+            "  hint: write a brace that is meant as one twice: {{ or }}",
+        ),
+        (
+            DATA + "  augment: {wordings: ['{input!r}']}",
+            "data.augment.wordings.0: a part is put in as it is\n  hint: a row's parts are {instruction} and {input}",
+        ),
+        (
+            DATA + "  augment: {wordings: ['Do it, {{please}}']}",
+            "data.augment.wordings.0: names no part of the row\n  hint: a row's parts are {instruction} and {input}",
+        ),
+    ],
+)
+def test_data_keys_that_do_not_go_together(text: str, message: str) -> None:
+    assert report(text) == f"x.yaml:4: {message}"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "  stratify: true\n  balance: weights\n  eval: {split: 0.5}\n  test: {split: 0.4}",  # `auto` may have classes
+        "  label: kind\n  balance: oversample\n  eval: {rows: 5}\n  test: {rows: 5}",
+        "  clean: {languages: [en, nn], include: '[[a]', exclude: ['(?i)b']}",
+        "  augment: {wordings: ['{instruction}\\n\\n{input}', '{{ {input} }}']}",
+    ],
+)
+def test_data_keys_that_go_together(lines: str) -> None:
+    Path("x.yaml").write_text(DATA + lines)
+    load("x.yaml")
+
+
 @pytest.mark.parametrize("kind", ["lora", "qlora"])
 def test_adapters_over_a_scratch_model_are_fine(kind: str) -> None:
     Path("x.yaml").write_text("model: {scratch: {model_type: llama}}\ndata: {train: [{path: a}]}\n")

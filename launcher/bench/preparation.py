@@ -1,0 +1,268 @@
+"""Preparing data beside TRL, on this machine, in one run: chat template, mask, tokens, packs.
+
+`python -m launcher.bench.preparation --data gsm8k/train.jsonl` (needs `pip install 'slipway[bench]'`). Ours and TRL's
+SFTTrainer prepare the same rows with the same tokenizer, chat template and `max_length`, with the same number of
+processes, in turns, each time in a process of its own that starts with nothing cached. Timed is the preparation alone,
+imports and the loading of the tokenizer aside. Ours includes what TRL's figure leaves out: reading the file, looking
+for duplicates, the report; both write what they made to disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.bench.against_trl import machine, spread
+from launcher.errors import RunFailed
+
+VOCABULARY = 32_000
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def make_tokenizer(data: Path, folder: Path) -> None:
+    """A byte-level BPE of 32,000 entries trained on the rows, with ChatML as its template."""
+    from launcher.data.tokenizer import train_tokenizer
+
+    rows = [json.loads(line) for line in data.open(encoding="utf-8")]
+    tokenizer = train_tokenizer((f"{row['question']}\n{row['answer']}" for row in rows), VOCABULARY)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+
+def slipway(data: Path, tokenizer: Path, max_length: int, processes: int, scratch: Path) -> dict[str, Any]:
+    """One preparation of ours."""
+    from transformers import AutoTokenizer
+
+    import launcher.data.build  # noqa: F401  imports aside
+    from launcher.data.prepare import prepare
+    from launcher.plan.plan import AugmentPlan, CleanPlan, DataPlan, HeldOutPlan, ModelPlan, SourcePlan
+    from launcher.recipe.schema_data import Augment, Clean, Data, Source
+
+    AutoTokenizer.from_pretrained(tokenizer)
+    source = SourcePlan(kind="local", **Source(path=str(data)).model_dump())
+    nothing = HeldOutPlan(split=None, rows=None, sources=())
+    settings = Data(max_length=max_length).model_dump(exclude={"workers", "prepare_on"}) | {
+        "train": (source,),
+        "eval": nothing,
+        "test": nothing,
+        "clean": CleanPlan(**Clean().model_dump()),
+        "augment": AugmentPlan(**Augment().model_dump(exclude={"function"}), function_file=None, function_name=None),
+    }
+    model = ModelPlan(
+        source="folder",
+        path=str(tokenizer),
+        revision=None,
+        scratch=None,
+        tokenizer=None,
+        chat_template=None,
+        template_kwargs={},
+        add_tokens=(),
+        trust_remote_code=False,
+    )
+    plan = DataPlan(**settings)
+    began = time.perf_counter()
+    facts = prepare(model, plan, seed=0, cache_dir=scratch / "prepared", workers=processes)
+    seconds = time.perf_counter() - began
+    began = time.perf_counter()
+    prepare(model, plan, seed=0, cache_dir=scratch / "prepared", workers=processes)
+    return {
+        "seconds": seconds,
+        "cached_seconds": time.perf_counter() - began,
+        "tokens": facts.train_tokens,
+        "supervised": facts.train_supervised_tokens,
+        "packs": facts.train_rows,
+        "documents": facts.train_documents,
+    }
+
+
+def trl(data: Path, tokenizer: Path, max_length: int, processes: int, scratch: Path) -> dict[str, Any]:
+    """One preparation by SFTTrainer: prompt and completion as messages, loss on the completion, best-fit packing."""
+    import datasets
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [json.loads(line) for line in data.open(encoding="utf-8")]
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": row["question"]}],
+            "completion": [{"role": "assistant", "content": row["answer"]}],
+        }
+        for row in rows
+    ]
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    clock: dict[str, Any] = {}
+
+    class Timed(SFTTrainer):
+        def _prepare_dataset(self, *arguments: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            prepared = super()._prepare_dataset(*arguments, **named)
+            clock["seconds"] = time.perf_counter() - began
+            return prepared
+
+    config = LlamaConfig(
+        vocab_size=len(loaded), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    trainer = Timed(
+        model=LlamaForCausalLM(config),
+        args=SFTConfig(
+            output_dir=str(scratch / "trl"),
+            use_cpu=True,
+            packing=True,
+            max_length=max_length,
+            dataset_num_proc=processes,
+            completion_only_loss=True,
+            report_to="none",
+        ),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=loaded,
+    )
+    packed = trainer.train_dataset
+    masks = packed["completion_mask"] if "completion_mask" in packed.column_names else packed["labels"]
+    return clock | {
+        "tokens": sum(map(len, packed["input_ids"])),
+        "supervised": sum(sum(1 for value in row if value not in (0, -100)) for row in masks),
+        "packs": len(packed),
+        "documents": len(rows),
+    }
+
+
+def measured(kind: str, arguments: Sequence[str], scratch: Path) -> dict[str, Any]:
+    """Run one contender in a process of its own, with an empty cache.
+
+    Raises:
+        RunFailed: it ended without an answer; with its last line.
+    """
+    with tempfile.TemporaryDirectory(dir=scratch) as own:
+        environment = os.environ | {"HF_DATASETS_CACHE": f"{own}/datasets", "HF_HUB_OFFLINE": "1"}
+        command = [
+            sys.executable,
+            "-m",
+            "launcher.bench.preparation",
+            "--contender",
+            kind,
+            *arguments,
+            "--scratch",
+            own,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        last = done.stderr.strip().splitlines()[-1:] or ["no output"]
+        raise RunFailed(f"{kind} ended: {last[0]}", hint="pip install 'slipway[bench]' brings TRL")
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
+
+
+def page(found: dict[str, Any]) -> str:
+    """The Markdown page of a comparison."""
+    where, first = found["machine"], found["results"][0]["ours"][0]
+    versions = ", ".join(f"{name} {version}" for name, version in where["packages"].items())
+    lines = [
+        "| processes | contender | tokens/s, median (least to most) | ours over it | packs | padding | supervised |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in found["results"]:
+        ratios = [
+            (mine["tokens"] / mine["seconds"]) / (its["tokens"] / its["seconds"])
+            for mine, its in zip(result["ours"], result["trl"], strict=True)
+        ]
+        for title, runs in (("Slipway", result["ours"]), ("TRL", result["trl"])):
+            last = runs[-1]
+            cells = [
+                str(result["processes"]),
+                title,
+                spread([run["tokens"] / run["seconds"] for run in runs], ",.0f"),
+                spread(ratios, ".2f") if title == "TRL" else "",
+                f"{last['packs']}",
+                f"{1 - last['tokens'] / (last['packs'] * found['max_length']):.2%}",
+                f"{last['supervised']:,}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    rows = "\n".join(lines)
+    cached = [run["cached_seconds"] for result in found["results"] for run in result["ours"]]
+    bound = -(-first["tokens"] // found["max_length"])
+    return f"""# Preparing data beside TRL
+
+Measured on {where["date"]} on {where["cpu"]}, {where["cpus"]} CPUs, {where["memory"]} of memory, load
+{where["load_before"]:.1f} when it began; Python {where["python"]}, {versions}.
+
+    {found["command"]}
+
+{first["documents"]:,} documents, {first["tokens"]:,} tokens, `max_length` {found["max_length"]:,}, so at least {bound}
+packs. A byte-level BPE of 32,000 entries trained on the rows, ChatML. Each figure from {found["rounds"]} preparations
+in turns, each in a process of its own with an empty cache. "Ours over it" is taken within a round.
+
+{rows}
+
+- Timed: the preparation alone, imports and the loading of the tokenizer aside. Ours includes reading the file, looking
+  for duplicates and the report. TRL's begins with the rows in memory, as `Dataset.from_list` made them.
+- TRL learns from prompt and completion with `completion_only_loss`, the only mask it has for this template, which has
+  no `generation` marks; ours from the same template as it is.
+- Found in the cache again: {statistics.median(cached):.3f} s.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--data", type=Path, required=True, help="JSONL of question and answer, such as GSM8K's")
+    parser.add_argument("--max-length", type=int, default=2048)
+    parser.add_argument("--processes", default="1,2", help="how many, in turn")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="folder for the page and its raw numbers")
+    parser.add_argument("--contender", choices=["slipway", "trl"], help=argparse.SUPPRESS)
+    parser.add_argument("--tokenizer", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    if chosen.contender:
+        contender = {"slipway": slipway, "trl": trl}[chosen.contender]
+        result = contender(
+            chosen.data.resolve(), chosen.tokenizer, chosen.max_length, int(chosen.processes), chosen.scratch
+        )
+        sys.stdout.write(json.dumps(result) + "\n")
+        return
+    found: dict[str, Any] = {
+        "machine": machine(),
+        "command": f"python -m launcher.bench.preparation --data {chosen.data.name} --max-length {chosen.max_length}"
+        f" --processes {chosen.processes} --rounds {chosen.rounds}",
+        "max_length": chosen.max_length,
+        "rounds": chosen.rounds,
+        "results": [],
+    }
+    with tempfile.TemporaryDirectory(prefix="slipway-bench-") as scratch:
+        tokenizer = Path(scratch) / "tokenizer"
+        make_tokenizer(chosen.data, tokenizer)
+        for processes in chosen.processes.split(","):
+            common = ["--data", str(chosen.data), "--tokenizer", str(tokenizer), "--max-length", str(chosen.max_length)]
+            compared: dict[str, Any] = {"processes": int(processes), "ours": [], "trl": []}
+            for number in range(chosen.rounds):
+                turn = (("ours", "slipway"), ("trl", "trl"))
+                for name, kind in turn if number % 2 else reversed(turn):
+                    run = measured(kind, [*common, "--processes", processes], Path(scratch))
+                    compared[name].append(run)
+                    rate = run["tokens"] / run["seconds"]
+                    sys.stderr.write(f"{processes} processes, {kind}: {rate:,.0f} tokens/s\n")
+            found["results"].append(compared)
+    if chosen.out:
+        chosen.out.mkdir(parents=True, exist_ok=True)
+        name = f"{found['machine']['date']}-preparation"
+        (chosen.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        (chosen.out / f"{name}.md").write_text(page(found), encoding="utf-8")
+    sys.stdout.write(page(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Preparing data with Ray Data over the connected cluster: the same pieces, tasks and order, so the same files."""
+
+from __future__ import annotations
+
+import glob
+import pickle
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from launcher.driver.connect import cluster_address, connected
+from launcher.errors import RunFailed, SlipwayError
+from launcher.plan.plan import DataPlan
+
+if TYPE_CHECKING:
+    from launcher.data.work import Spread
+
+
+CLUSTER_BYTES = 8 * 2**30
+"""Local training files of more than this are prepared on a cluster that is joined; below it one machine is as fast."""
+
+
+def cluster_for(where: Literal["auto", "machine", "cluster"], data: DataPlan, address: str | None) -> Spread | None:
+    """What prepares `data` on the cluster at `address`, if that is asked for or `auto` says so; None for this machine.
+
+    The cluster is connected when there is work for it: data that is found prepared costs no connection.
+    """
+    joined = cluster_address(address) is not None
+    if where == "machine" or (where == "auto" and not (joined and _local_bytes(data) > CLUSTER_BYTES)):
+        return None
+
+    def spread(
+        task: Callable[[Any], Any], items: Sequence[tuple[int, Any]], keep: Callable[[int, Any], Any]
+    ) -> Iterator[Any]:
+        if items:
+            with connected(address):
+                yield from over_cluster(task, items, keep)
+
+    return spread
+
+
+def _local_bytes(data: DataPlan) -> int:
+    paths = [path for source in data.train if source.kind == "local" for path in glob.iglob(source.path)]
+    files = [file for path in paths for file in (Path(path).rglob("*") if Path(path).is_dir() else [Path(path)])]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def over_cluster(
+    task: Callable[[Any], Any], items: Sequence[tuple[int, Any]], keep: Callable[[int, Any], Any]
+) -> Iterator[Any]:
+    """A `launcher.data.work.Spread`: `task` runs on the cluster's nodes, `keep` here.
+
+    Only results travel, so the prepared folder needs no shared storage; the sources must be readable on every node.
+
+    Raises:
+        SlipwayError: what `task` raised, naming the node.
+        RunFailed: Ray gave up.
+    """
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    cpus = max(1, int(ray.available_resources().get("CPU", 1)))
+    rows = ray.data.from_items(
+        [{"number": number, "item": pickle.dumps(item)} for number, item in items], override_num_blocks=len(items)
+    )
+    results = rows.map(
+        _Worker, fn_constructor_args=(ray.put(task), socket.gethostname()), concurrency=(1, min(cpus, len(items)))
+    )
+    try:
+        for row in results.iter_rows():
+            result = pickle.loads(row["result"])
+            if isinstance(result, SlipwayError):
+                raise result
+            yield keep(row["number"], result)
+    except ray.exceptions.RayError as error:
+        raise RunFailed(
+            f"the cluster could not prepare the data: {str(error).strip().splitlines()[-1]}",
+            hint="what is done is kept: start again, or set data.prepare_on: machine",
+        ) from error
+
+
+class _Worker:
+    """One process on a node: fetches the task once, then works through pieces."""
+
+    def __init__(self, task: Any, driver_host: str) -> None:
+        import ray
+
+        self._task: Callable[[Any], Any] = ray.get(task)
+        host = socket.gethostname()
+        self._place = f" (on {host})" if host != driver_host else ""
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            result = self._task(pickle.loads(row["item"]))
+        except SlipwayError as error:  # Ray would bury it in its own errors, and try again
+            result = type(error)(f"{error.message}{self._place}", error.hint)
+        return {"number": row["number"], "result": pickle.dumps(result)}
