@@ -39,6 +39,11 @@ from launcher.plan.plan import DataFacts, DataPlan, ModelPlan
 T = TypeVar("T")
 BYTES_FOR_SEVERAL_PROCESSES = 64 * 2**20
 """Below this much text, starting processes and importing transformers in each takes longer than the work."""
+PIECES, PIECE_BYTES = 64, (2**19, 2**25)
+"""Text is cut into about so many pieces, of at least and at most so many bytes: enough for every process to have some,
+few enough files. It follows from the data alone, so that every machine cuts alike."""
+PIECE_ROWS = 5_000
+"""Of tables."""
 
 
 class Build:
@@ -81,7 +86,13 @@ class Build:
 
     @cached_property
     def _pieces(self) -> list[Piece]:
-        return [piece for index, source in enumerate(self._data.sources) for piece in pieces(source, index)]
+        least, most = PIECE_BYTES
+        num_bytes = min(max(self._num_bytes // PIECES, least), most)
+        found = (
+            pieces(source, index, num_bytes=num_bytes, num_rows=PIECE_ROWS)
+            for index, source in enumerate(self._data.sources)
+        )
+        return [piece for of_source in found for piece in of_source]
 
     @cached_property
     def _num_workers(self) -> int:

@@ -85,6 +85,9 @@ def prepare(
             except DataError:  # the user will change the data, and with it the key
                 shutil.rmtree(staging, ignore_errors=True)
                 raise
+            if _key(model, data, seed) != (key, num_bytes):
+                shutil.rmtree(staging, ignore_errors=True)
+                raise DataError("the data changed while it was being prepared", hint="start again once it is complete")
             (staging / "facts.json").write_text(facts.model_dump_json(indent=2) + "\n", encoding="utf-8")
             staging.rename(folder)
     except OSError as error:

@@ -15,6 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -162,8 +163,8 @@ class Encoder:
                 hint="data.supervise: all learns all that are not marked otherwise",
             )
         documents = _unrolled([self._turns.find(row, index) for index in learned])
-        for turns in documents:
-            self._turns.check_context(row, turns[-1])
+        for turn in chain.from_iterable(documents):
+            self._turns.check_context(row, turn)
         noted: list[Mapping[str, int]] = []
         for turns in documents:
             sheet.add(turns)

@@ -240,26 +240,26 @@ class Turns:
             raise DataError(f"{row.place(index)}: the chat template does not write tool calls", hint=_HINT_TEMPLATE)
 
     def check_context(self, row: Row, turn: Turn) -> None:
-        """Raises DataError unless what the turn answers to is in its text: the others' words, and the tools."""
+        """Raises DataError unless what the turn answers to comes before it: the others' words, and the tools."""
+        prompt = turn.text[: turn.start]
         for i, message in enumerate(row.messages[: turn.index]):
             role, content = message["role"], message["content"]
-            if role == "assistant" or content.strip() in turn.text:
+            if role == "assistant" or content.strip() in prompt:
                 continue
             if role == "tool":  # mostly written as JSON
-                if all(word in turn.text for word in _words(content)):
+                if all(word in prompt for word in _words(content)):
                     continue
                 hint = "leave the row out, or give a template that writes what tools answer as model.chat_template"
             elif role == "user":
                 hint = _HINT_TEMPLATE
             else:
                 hint = "data.system_turns: merge puts system prompts before the first user's words"
-            raise DataError(
-                f"{row.place(i)}: the chat template leaves out or changes the words of the {role}", hint=hint
-            )
+            what = f"the words of the {role}"
+            raise DataError(f"{row.place(i)}: the chat template leaves out or changes {what}", hint=hint)
         if row.tools is not None:
             names = [tool.get("function", tool).get("name", "") for tool in row.tools]
             without = self._template.says(row.messages[: turn.index + 1], None, False)
-            if without == turn.text or not all(name in turn.text for name in names):
+            if without == turn.text or not all(name in prompt for name in names):
                 raise DataError(
                     f"{row.where}: the chat template does not write the tools",
                     hint="leave out the column with the tools, or give a template that writes them as "

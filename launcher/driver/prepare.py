@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import pickle
 import socket
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from launcher.driver.connect import cluster_address, connected
 from launcher.errors import RunFailed, SlipwayError
+from launcher.plan.facts import ClusterFacts
 from launcher.plan.plan import DataPlan
 
 if TYPE_CHECKING:
@@ -21,23 +23,31 @@ CLUSTER_BYTES = 8 * 2**30
 """Local training files of more than this are prepared on a cluster that is joined; below it one machine is as fast."""
 
 
-def cluster_for(where: Literal["auto", "machine", "cluster"], data: DataPlan, address: str | None) -> Spread | None:
+@contextlib.contextmanager
+def cluster_for(
+    where: Literal["auto", "machine", "cluster"], data: DataPlan, address: str | None
+) -> Iterator[Spread | None]:
     """What prepares `data` on the cluster at `address`, if that is asked for or `auto` says so; None for this machine.
 
-    The cluster is connected when there is work for it: data that is found prepared costs no connection.
+    The cluster is connected when there is work for it, until the block ends: data that is found prepared costs no
+    connection.
     """
     joined = cluster_address(address) is not None
     if where == "machine" or (where == "auto" and not (joined and _local_bytes(data) > CLUSTER_BYTES)):
-        return None
+        yield None
+        return
+    with contextlib.ExitStack() as connection:
+        facts: list[ClusterFacts] = []
 
-    def spread(
-        task: Callable[[Any], Any], items: Sequence[tuple[int, Any]], keep: Callable[[int, Any], Any]
-    ) -> Iterator[Any]:
-        if items:
-            with connected(address):
+        def spread(
+            task: Callable[[Any], Any], items: Sequence[tuple[int, Any]], keep: Callable[[int, Any], Any]
+        ) -> Iterator[Any]:
+            if items and not facts:
+                facts.append(connection.enter_context(connected(address)))
+            if items:
                 yield from over_cluster(task, items, keep)
 
-    return spread
+        yield spread
 
 
 def _local_bytes(data: DataPlan) -> int:

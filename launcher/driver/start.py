@@ -78,15 +78,16 @@ def decide(loaded: LoadedRecipe, run_dir: Path, report: Reporter | None, address
     settings = model_settings(model)
     data = pinned_sources(resolve_data(loaded))
     workers = loaded.recipe.data.workers
-    facts = prepare(
-        model,
-        data,
-        seed=loaded.recipe.train.seed,
-        cache_dir=run_dir.parent / ".prepared",
-        progress=report,
-        workers=None if workers == "auto" else workers,
-        spread=cluster_for(loaded.recipe.data.prepare_on, data, address),
-    )
+    with cluster_for(loaded.recipe.data.prepare_on, data, address) as spread:
+        facts = prepare(
+            model,
+            data,
+            seed=loaded.recipe.train.seed,
+            cache_dir=run_dir.parent / ".prepared",
+            progress=report,
+            workers=None if workers == "auto" else workers,
+            spread=spread,
+        )
     parameters = parameter_count({"vocab_size": facts.vocab_size} | settings)
     return Decided(loaded, run_name(loaded), run_dir, model, data, facts, parameters)
 

@@ -166,6 +166,9 @@ def lora_stopped(plans: dict[str, Plan]) -> Plan:
 @pytest.fixture(scope="module")
 def runs(base: Plan) -> Runs:
     one, two = one_rank_plans(base), two_rank_plans(base)
+    weighted = tiny_run(Path(base.run_dir).parent / "weighted", balance="weights")
+    one["weighted"] = variant(weighted, "weighted")
+    two["weighted zero 2"] = variant(weighted, "2-weighted-2", workers=2, micro_batch_size=1, zero=2)
     adapters = run_group(1, train_plans, one, timeout_s=600)[0]
     adapters |= run_group(2, train_and_stop, two, lora_stopped(two), timeout_s=600)[0]
     return Runs(one | two, adapters)
@@ -200,6 +203,25 @@ def test_e1_accumulation_and_ranks_change_nothing(runs: Runs) -> None:
     runs.agree("freeze zero 2", "freeze", FP32)
     runs.agree("lora zero 3", "lora", FP32)
     runs.agree("full bf16 zero 3", "full bf16", BF16, BF16_NORM)
+
+
+def test_e1_a_weighted_loss_is_the_mean_by_weight(runs: Runs) -> None:
+    """`data.balance: weights`: rows of a class that has half as many count twice as much, on any ranks."""
+    runs.agree("weighted zero 2", "weighted", FP32)
+    plan = runs.plans["weighted"]
+    model = trained_model(plan, checkpoint_dir(Path(plan.run_dir), STEPS))
+    loss = SupervisedLoss(model, model, False, torch.device("cpu"))
+    data = TrainData(plan.data.folder, plan.trajectory.global_batch_size, plan.trajectory.seed)
+    (batch,) = data.micro_batches(0, BatchLayout(1, plan.trajectory.global_batch_size, 1), 0)
+    assert batch.weights is not None
+    assert len(batch.weights.unique()) == 2
+    with torch.no_grad():
+        by_token = torch.nn.functional.cross_entropy(loss.logits(batch), batch.targets, reduction="none")
+        total, _ = loss(batch)
+    assert total.item() == pytest.approx((by_token * batch.weights).sum().item(), rel=1e-6)
+    assert data.global_batch(0).weight == pytest.approx(batch.weights.sum().item(), rel=1e-6)
+    first, unweighted = curve(plan)[0], curve(runs.plans["full"])[0]
+    assert abs(first - unweighted) > 10 * FP32 * unweighted, "the weights would be without effect"
 
 
 def test_e1_every_run_learned_from_the_same_rows_at_the_same_rate(runs: Runs) -> None:

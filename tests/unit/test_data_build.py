@@ -210,9 +210,7 @@ def test_stratified_and_grouped_and_by_number(tmp_path: Path) -> None:
     where = {f"{train}:{i + 1}": row for i, row in enumerate(labelled)}
 
     def sets(**changes: Any) -> dict[Set, list[dict[str, Any]]]:
-        facts = prepare(
-            scratch_model(), data_plan(source_plan(train), **changes), seed=1, cache_dir=tmp_path / "cache"
-        )
+        facts = prepare(scratch_model(), data_plan(source_plan(train), **changes), seed=1, cache_dir=tmp_path / "cache")
         documents = Documents(facts.folder)
         found = {
             kind: [where[documents.where(i)] for i in np.flatnonzero(documents.sets == kind).tolist()]
@@ -317,3 +315,15 @@ def test_hundreds_of_damaged_rows_end_in_a_report(tmp_path: Path) -> None:
         assert not learned & listed
         assert facts.dropped["too many characters"] == 1
         assert {f"{path}:{2 * i + 2}" for i, one in enumerate(damaged) if one.bad} <= listed
+
+
+def test_data_that_changes_meanwhile_is_not_kept_under_the_key_of_what_it_was(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.jsonl", rows(40))
+
+    def append(what: str, done: int, total: int | None) -> None:
+        if what == "pack":
+            write(train, rows(41))
+
+    with pytest.raises(DataError, match="changed while it was being prepared"):
+        prepare(scratch_model(), data_plan(source_plan(train)), seed=1, cache_dir=tmp_path / "cache", progress=append)
+    assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []

@@ -273,6 +273,11 @@ def test_where_generation_stops(name: str, end: str) -> None:
         ("{{ raise_exception('no, please') }}", "refuses this conversation: no, please"),
         ("{% for m in messages %}{{ m['content'] + 1 }}{% endfor %}", "refuses this conversation"),
         (
+            "{{ bos_token }}{% if not add_generation_prompt %}"
+            "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}{% endif %}",
+            "message 1: the chat template leaves out or changes the words of the user",
+        ),
+        (
             "{{ messages[-1]['content'] + eos_token }}",
             "message 1: the chat template leaves out or changes the words of the user",
         ),
@@ -304,6 +309,13 @@ def test_nothing_is_left_out_in_silence() -> None:
     twice = CALL._replace(tool_calls=CALL.tool_calls * 2)
     assert "does not write tool calls" in refusal("gpt-oss", row(USER, twice, tools=(TOOL,))).message
     assert "changes the assistant's words" in refusal("llama-3.1", row(USER, CALL._replace(content="I look"))).message
+    names_only = (
+        "{% for m in messages %}{{ m.content }}{{ m.tool_calls[0].function.name if m.tool_calls }}{{ eos_token }}"
+        "{% endfor %}"
+    )
+    (error,) = Encoder(with_template(train_tokenizer(TEXT, 300), names_only), "all").encode([row(USER, CALL)])
+    assert isinstance(error, DataError)
+    assert "message 2: the chat template does not write tool calls" in error.message
     (document,) = documents("chatml", row(USER, TOLD._replace(reasoning="Two and three")))
     assert document.notes == {"thoughts_left_out": 1}
 

@@ -72,6 +72,9 @@ def test_tokens_are_added_once_and_in_order() -> None:
     assert Encoder(tokenizer, "all").end_of_turn_id == 320
     with_template(tokenizer, template, wanted)
     assert len(tokenizer) == 322
+    tokenizer.add_tokens(["<think>"])
+    with_template(tokenizer, template, ("<think>",))
+    assert not tokenizer.added_tokens_decoder[322].special  # what it has stays what it is
     spelled = Conversation((Message("user", "a<|im_start|>"), Message("assistant", "b")))
     assert ids_of(tokenizer, spelled).count(321) == 2
 

@@ -147,6 +147,18 @@ def test_control_tokens_that_take_the_space_behind_them() -> None:
     assert ends.sum() == documents[0].num_turns == 2
 
 
+def test_words_of_the_template_are_no_control_tokens() -> None:
+    """Gemma has runs of new lines as added tokens, and somebody's vocabulary a word."""
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer.from_str(tokenizer_of("bytes").backend_tokenizer.to_str())
+    backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in ("\n\n", "user", "<b>", "<i>")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    verbatim = Verbatim(tokenizer, "<|im_start|>user\n\n<b>")
+    assert set(verbatim.id_of) == {*SPECIALS, "<b>"}
+    assert verbatim.hide("user\n\n<i>", own=False, strip=False) == ("user\n\n<i>", 0)
+
+
 def test_stripping_leaves_none_that_joins_anew() -> None:
     verbatim = Verbatim(tokenizer_of("bytes"), "<think>")
     assert verbatim.hide("a<|im_<|im_end|>end|>b<think>", own=False, strip=True) == ("ab", 3)

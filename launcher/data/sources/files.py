@@ -19,9 +19,9 @@ from launcher.errors import DataError
 from launcher.plan.plan import SourcePlan
 
 _LEFT_OUT = re.compile(
-    r"\..*|(readme|licen[cs]e|notice)(\..*)?|dataset_infos?\.json|_SUCCESS|_metadata|_common_metadata", re.IGNORECASE
+    r"(readme|licen[cs]e|notice)(\..*)?|dataset_infos?\.json|_SUCCESS|_metadata|_common_metadata", re.IGNORECASE
 )
-"""Hidden files, what describes data, and what Spark leaves behind."""
+"""What describes data, and what Spark leaves behind."""
 _SPLIT_NAMES = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev", "eval"},
@@ -57,7 +57,12 @@ def data_files(place: str, names: Iterable[str], *, one_split: bool = False) -> 
     Raises DataError where none is left, where one is of no known kind, where they belong to a folder written by
     `datasets.save_to_disk`, and if `one_split` where their names say that they are training and held-out data.
     """
-    kept = sorted(name for name in names if not any(_LEFT_OUT.fullmatch(part) for part in name.split("/")))
+    kept = sorted(
+        name
+        for name in names
+        if not _LEFT_OUT.fullmatch(name.rpartition("/")[2])
+        and not any(part.startswith(".") for part in name.split("/"))
+    )
     saved = next((name for name in kept if name.rpartition("/")[2] in ("state.json", "dataset_dict.json")), None)
     if saved is not None:
         raise DataError(
@@ -99,7 +104,7 @@ def contents(file: File) -> Sequence[Path]:
 
 def is_saved_dataset(path: Path) -> bool:
     """Whether `datasets.save_to_disk` wrote the folder."""
-    return (path / "dataset_dict.json").is_file() or _is_one_dataset(path)
+    return os.path.isfile(path / "dataset_dict.json") or _is_one_dataset(path)
 
 
 def saved_dataset(path: Path, split: str | None) -> File:
@@ -151,9 +156,10 @@ def _require(path: Path) -> None:
 
 
 def _nearest(path: Path) -> Path | None:
-    if not _exists(path.parent) or not path.parent.is_dir():
+    try:
+        names = get_close_matches(path.name, os.listdir(path.parent), n=1)
+    except (OSError, ValueError):
         return None
-    names = get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
     return path.with_name(names[0]) if names else None
 
 
@@ -187,7 +193,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _is_one_dataset(path: Path) -> bool:
-    return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+    return os.path.isfile(path / "state.json") and os.path.isfile(path / "dataset_info.json")
 
 
 def _described(path: Path) -> dict[str, Any]:

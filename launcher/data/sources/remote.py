@@ -116,7 +116,9 @@ def open_file_system(url: str) -> tuple[Any, str]:
     """The file system of `url`, without memory of earlier listings, and the path in it."""
     import fsspec
 
-    options = {}
+    options: dict[str, Any] = {}
+    if "::" in url:  # an archive's file system would keep the table of contents that it read first
+        options["skip_instance_cache"] = True
     for link in url.split("::"):
         protocol = link.split("://")[0]
         if protocol in ("http", "https"):
@@ -161,15 +163,16 @@ def _unreachable(url: str, error: Exception) -> DataError:
         )
     if isinstance(error, ValueError) and str(error).startswith("Protocol not known"):
         return DataError(f"{url}: {error}", hint="such as s3://, gs://, https:// or hf://")
-    # fsspec reports everything that HTTP can answer as a missing file, and keeps the answer as its cause.
-    status = next((found for link in chain if isinstance(found := getattr(link, "status", None), int)), None)
+    status = next((found for link in chain if (found := _status(link)) is not None), None)
     refused = any(isinstance(link, PermissionError) or "Credential" in type(link).__name__ for link in chain)
     if refused or status in (401, 403):
         return DataError(
             f"{url}: access is denied" + (f" (HTTP status {status})" if status else ""),
             hint="give the credentials of this file system, as its own tools take them; for the hub set HF_TOKEN",
         )
-    if status in (404, 410) or (status is None and len(chain) == 1 and isinstance(error, FileNotFoundError)):
+    # fsspec reports everything that HTTP can answer, and no answer, as a missing file.
+    missing = isinstance(error, FileNotFoundError) and "http" not in url
+    if missing or status in (404, 410):
         return DataError(f"{url}: no such file", hint="check the address")
     if any(isinstance(link, OSError) and link.errno == errno.ENOSPC for link in chain):
         return DataError(
@@ -179,6 +182,12 @@ def _unreachable(url: str, error: Exception) -> DataError:
     return DataError(
         f"{url}: cannot be read: {said.splitlines()[0]}", hint="check the address and the connection, and start again"
     )
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that `error` is about, as aiohttp and the hub's client keep it."""
+    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
 
 
 def _package(url: str) -> str:

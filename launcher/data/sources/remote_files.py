@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from launcher.data.sources.files import data_files
@@ -22,13 +23,14 @@ def remote_files(source: SourcePlan) -> list[Remote]:
             found = {name: info for name, info in file_system.glob(path, detail=True).items() if _is_file(info)}
             if not found:
                 raise DataError(f"{url}: nothing matches", hint="`*` matches within a folder, `**` any number of them")
-            below, one_split = {name.removeprefix("/"): name for name in found}, False
+            one_split, above = False, re.split(r"[*?\[]", path)[0].rpartition("/")[0]
         else:
             info = file_system.info(path)
             if _is_file(info):
                 return [_known(described(url, info))]
             found = {name: info for name, info in file_system.find(path, detail=True).items() if _is_file(info)}
-            below, one_split = {name.removeprefix(path).lstrip("/"): name for name in found}, True
+            one_split, above = True, path
+    below = {name.removeprefix(above).lstrip("/"): name for name in found}
     names = [below[name] for name in data_files(url, below, one_split=one_split)]
     chain = "::".join(["", *url.split("::")[1:]])
     return [described(file_system.unstrip_protocol(name) + chain, found[name]) for name in names]
