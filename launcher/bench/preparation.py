@@ -21,8 +21,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from launcher.bench.against_trl import machine, spread
 from launcher.errors import RunFailed
+from launcher.plan.plan import AugmentPlan, CleanPlan, DataFacts, DataPlan, HeldOutPlan, ModelPlan, SourcePlan
+from launcher.recipe.schema_data import Augment, Clean, Data, Source
 
 VOCABULARY = 32_000
 CHAT_TEMPLATE = (
@@ -43,24 +48,22 @@ def make_tokenizer(data: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def slipway(data: Path, tokenizer: Path, max_length: int, processes: int, scratch: Path) -> dict[str, Any]:
-    """One preparation of ours."""
-    from transformers import AutoTokenizer
-
-    import launcher.data.build  # noqa: F401  imports aside
+def prepared(
+    data: Path, tokenizer: Path, max_length: int, processes: int, cache: Path
+) -> tuple[DataFacts, NDArray[np.int64]]:
+    """One preparation of ours: its facts and the tokens of each document."""
     from launcher.data.prepare import prepare
-    from launcher.plan.plan import AugmentPlan, CleanPlan, DataPlan, HeldOutPlan, ModelPlan, SourcePlan
-    from launcher.recipe.schema_data import Augment, Clean, Data, Source
+    from launcher.data.store import Documents
 
-    AutoTokenizer.from_pretrained(tokenizer)
-    source = SourcePlan(kind="local", **Source(path=str(data)).model_dump())
+    source = SourcePlan(kind="local", **Source(path=str(data.resolve())).model_dump())
     nothing = HeldOutPlan(split=None, rows=None, sources=())
-    settings = Data(max_length=max_length).model_dump(exclude={"workers", "prepare_on"}) | {
+    augment = Augment().model_dump(exclude={"function"}) | {"function_file": None, "function_name": None}
+    parts = {
         "train": (source,),
         "eval": nothing,
         "test": nothing,
         "clean": CleanPlan(**Clean().model_dump()),
-        "augment": AugmentPlan(**Augment().model_dump(exclude={"function"}), function_file=None, function_name=None),
+        "augment": AugmentPlan(**augment),
     }
     model = ModelPlan(
         source="folder",
@@ -73,12 +76,23 @@ def slipway(data: Path, tokenizer: Path, max_length: int, processes: int, scratc
         add_tokens=(),
         trust_remote_code=False,
     )
-    plan = DataPlan(**settings)
+    plan = DataPlan(**Data(max_length=max_length).model_dump(exclude={"workers", "prepare_on"}) | parts)
+    facts = prepare(model, plan, seed=0, cache_dir=cache, workers=processes)
+    return facts, Documents(facts.folder).lengths
+
+
+def slipway(data: Path, tokenizer: Path, max_length: int, processes: int, scratch: Path) -> dict[str, Any]:
+    """One preparation of ours, and how long it takes to find it again."""
+    import transformers
+
+    import launcher.data.build  # noqa: F401
+
+    transformers.AutoTokenizer.from_pretrained(tokenizer)  # imports aside
     began = time.perf_counter()
-    facts = prepare(model, plan, seed=0, cache_dir=scratch / "prepared", workers=processes)
+    facts, _ = prepared(data, tokenizer, max_length, processes, scratch / "prepared")
     seconds = time.perf_counter() - began
     began = time.perf_counter()
-    prepare(model, plan, seed=0, cache_dir=scratch / "prepared", workers=processes)
+    prepared(data, tokenizer, max_length, processes, scratch / "prepared")
     return {
         "seconds": seconds,
         "cached_seconds": time.perf_counter() - began,

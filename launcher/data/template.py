@@ -143,7 +143,7 @@ class Encoder:
                 results.append(plan)
                 continue
             documents = []
-            for made, notes in zip(masked[plan[0] :], plan[1], strict=False):
+            for made, notes in zip(masked[plan[0] : plan[0] + len(plan[1])], plan[1], strict=True):
                 if isinstance(made, DataError):
                     results.append(_at(conversation.where, made))
                     break
@@ -165,13 +165,15 @@ class Encoder:
         documents = _unrolled([self._turns.find(row, index) for index in learned])
         for turn in chain.from_iterable(documents):
             self._turns.check_context(row, turn)
+        if len(documents) > 1:
+            notes["unrolled"] = 1
         noted: list[Mapping[str, int]] = []
         for turns in documents:
             sheet.add(turns)
-            noted.append(_sum(turn.notes for turn in turns))
-        if len(documents) > 1:
-            notes["unrolled"] = 1
-        noted[-1] = _sum([noted[-1], notes])
+            counts = [turn.notes for turn in turns if turn.notes]
+            if turns is documents[-1]:
+                counts.append(notes)
+            noted.append(_sum(counts) if len(counts) > 1 else counts[0] if counts else {})
         return noted
 
     def _plan_text(self, sheet: Sheet, conversation: Conversation) -> list[Mapping[str, int]]:

@@ -86,10 +86,9 @@ class Turns:
 
     def find(self, row: Row, index: int) -> Turn:
         """The turn of message `index`. Raises DataError where it cannot be told exactly from what comes before."""
-        messages = row.messages
-        if not any(messages[index].get(key, "").strip() for key in ("content", "reasoning_content")) and (
-            "tool_calls" not in messages[index]
-        ):
+        messages, message = row.messages, row.messages[index]
+        said = message["content"].strip() or "tool_calls" in message or message.get("reasoning_content", "").strip()
+        if not said:
             raise DataError(f"{row.place(index)}: the assistant says nothing", hint="leave the row out")
         text = self.render(row, messages[: index + 1], False)
         try:
@@ -229,9 +228,11 @@ class Turns:
                     f"{row.place(index)}: the chat template changes the assistant's words", hint=_HINT_TEMPLATE
                 )
             place += len(part)
-        if message.get("reasoning_content", "").strip() not in written:
+        if "reasoning_content" in message and message["reasoning_content"].strip() not in written:
             notes["thoughts_left_out"] = 1
-        functions = [call["function"] for call in message.get("tool_calls", ())]
+        if "tool_calls" not in message:
+            return
+        functions = [call["function"] for call in message["tool_calls"]]
         names = Counter(function["name"] for function in functions)
         arguments = {word for function in functions for word in _words(function["arguments"])}
         if any(written.count(name) < count for name, count in names.items()) or any(
