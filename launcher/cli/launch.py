@@ -59,6 +59,8 @@ def introduce(plan: Plan) -> None:
         f"  {plan.data.train_documents:,} documents, {plan.data.train_tokens:,} tokens, "
         f"{plan.data.train_supervised_tokens:,} supervised; {plan.data.eval_documents:,} held out{left_out}"
     )
+    for path, format in plan.data.formats.items():
+        say(f"  {shown(Path(path)) if Path(path).is_absolute() else path}: {format}", highlight=False, soft_wrap=True)
     say(f"  folder: {shown(Path(plan.run_dir))}")
 
 

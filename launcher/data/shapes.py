@@ -85,6 +85,8 @@ def _prompt_completion(row: Mapping[str, Any], source: SourcePlan, where: str) -
     answer = "response" if "response" in row and "completion" not in row else "completion"
     _need(row, "prompt_completion", ("prompt", answer), where)
     prompt, completion = row["prompt"], row[answer]
+    if row.get("label") is False:  # unpaired preferences, as TRL writes them for KTO
+        raise bad_row(where, "its label says that the completion was rejected", "only what was accepted can be learned")
     if isinstance(prompt, list) and isinstance(completion, list):
         before, after = read_messages(prompt, "prompt", where), read_messages(completion, answer, where)
         if not before or not any(message.role == "assistant" for message in after):

@@ -15,7 +15,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -109,8 +108,12 @@ class Encoder:
     def prompt(self, conversation: Conversation) -> tuple[str, list[int]]:
         """What the model is shown to give the last answer: the text, and its token ids.
 
-        Raises DataError where the template refuses the conversation.
+        Raises DataError where the template refuses the conversation, or it is plain text.
         """
+        if conversation.text is not None:
+            raise DataError(
+                f"{conversation.where}: plain text asks nothing that could be answered", hint="test on rows that ask"
+            )
         row, _, _ = self._row(conversation)
         text = self._turns.render(row, row.messages[:-1], True)
         tokens = self._verbatim.tokenize([[text]])
@@ -163,8 +166,8 @@ class Encoder:
                 hint="data.supervise: all learns all that are not marked otherwise",
             )
         documents = _unrolled([self._turns.find(row, index) for index in learned])
-        for turn in chain.from_iterable(documents):
-            self._turns.check_context(row, turn)
+        for turns in documents:
+            self._turns.check_context(row, turns)
         if len(documents) > 1:
             notes["unrolled"] = 1
         noted: list[Mapping[str, int]] = []
@@ -266,12 +269,18 @@ class _Hidden:
 
     def value(self, value: Any) -> Any:
         """A JSON value with all its texts passed through."""
+        try:
+            return self._value(value)
+        except RecursionError as error:
+            raise DataError(f"{self._where}: nested too deeply", hint="mend the row, or leave it out") from error
+
+    def _value(self, value: Any) -> Any:
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, dict):
-            return {self.value(key): self.value(item) for key, item in value.items()}
+            return {self._value(key): self._value(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return [self.value(item) for item in value]
+            return [self._value(item) for item in value]
         return value
 
     def notes(self, num_markers: int) -> dict[str, int]:

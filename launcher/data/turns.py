@@ -240,11 +240,27 @@ class Turns:
         ):
             raise DataError(f"{row.place(index)}: the chat template does not write tool calls", hint=_HINT_TEMPLATE)
 
-    def check_context(self, row: Row, turn: Turn) -> None:
-        """Raises DataError unless what the turn answers to comes before it: the others' words, and the tools."""
-        prompt = turn.text[: turn.start]
-        for i, message in enumerate(row.messages[: turn.index]):
-            role, content = message["role"], message["content"]
+    def check_context(self, row: Row, turns: Sequence[Turn]) -> None:
+        """Raises DataError unless what each turn of a document answers to comes before it: the others' words, and the
+        tools."""
+        seen = 0  # what comes before a turn comes before those that follow it
+        for turn in turns:
+            self._check_words(row, turn.text[: turn.start], range(seen, turn.index))
+            seen = turn.index
+        if row.tools is not None:
+            turn = turns[0]
+            names = [tool.get("function", tool).get("name", "") for tool in row.tools]
+            without = self._template.says(row.messages[: turn.index + 1], None, False)
+            if without == turn.text or not all(name in turn.text[: turn.start] for name in names):
+                raise DataError(
+                    f"{row.where}: the chat template does not write the tools",
+                    hint="leave out the column with the tools, or give a template that writes them as "
+                    "model.chat_template",
+                )
+
+    def _check_words(self, row: Row, prompt: str, messages: range) -> None:
+        for i in messages:
+            role, content = row.messages[i]["role"], row.messages[i]["content"]
             if role == "assistant" or content.strip() in prompt:
                 continue
             if role == "tool":  # mostly written as JSON
@@ -257,15 +273,6 @@ class Turns:
                 hint = "data.system_turns: merge puts system prompts before the first user's words"
             what = f"the words of the {role}"
             raise DataError(f"{row.place(i)}: the chat template leaves out or changes {what}", hint=hint)
-        if row.tools is not None:
-            names = [tool.get("function", tool).get("name", "") for tool in row.tools]
-            without = self._template.says(row.messages[: turn.index + 1], None, False)
-            if without == turn.text or not all(name in prompt for name in names):
-                raise DataError(
-                    f"{row.where}: the chat template does not write the tools",
-                    hint="leave out the column with the tools, or give a template that writes them as "
-                    "model.chat_template",
-                )
 
     def _parts(self, content: str) -> list[str]:
         """What the assistant says, in the parts between the template's own marks that it holds (`<think>`): around

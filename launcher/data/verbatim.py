@@ -90,13 +90,11 @@ class Verbatim:
         """A message's text with placeholders for the control tokens spelled out in it, and how many they are.
 
         `own`: what the assistant says may hold the template's own marks, as thoughts and calls written as text do.
-        `strip`: leave them out instead. Raises DataError if the text has placeholders of its own.
+        `strip`: leave them out instead. Raises DataError if the text holds what is no character: placeholders of its
+        own, or half a surrogate pair, at which the tokenizer would stop with all the other rows.
         """
-        if _OPEN in text:
-            raise DataError(
-                "U+FDD0, which is no character, stands in a message",
-                hint="the file was written with a wrong encoding; leave the row out or mend it",
-            )
+        if not text.isascii():
+            _check_characters(text)
         pattern = self._special if own else self.controls
         if pattern.search(text) is None:
             return text, 0
@@ -128,15 +126,17 @@ class Verbatim:
                     batch.pieces.append(len(batch.texts))
                     batch.texts.append(text)
                 batch.ends.append(len(batch.pieces))
+        borders = np.array(batch.ends)[[*accumulate(map(len, documents), initial=0)]]
+
+        def refuse(piece: int, why: DataError) -> None:
+            batch.refused.setdefault(int(np.searchsorted(borders, piece, "right")) - 1, why)
+
         answers = self._encode(batch.texts)
-        ends_of_documents = [*accumulate((len(strings) for strings in documents), initial=0)]
-        first_pieces = np.array(batch.ends)[ends_of_documents]
         for index, anchor in batch.anchors.items():
             behind = self._behind(anchor, batch.texts[index], answers[index])
             answers[index] = behind or []
             if behind is None:
-                piece = batch.pieces.index(index)
-                batch.refused.setdefault(int(np.searchsorted(first_pieces, piece, "right")) - 1, _merges())
+                refuse(batch.pieces.index(index), _merges())
         lists = [answers[piece] if isinstance(piece, int) else piece for piece in batch.pieces]
         lengths = np.fromiter(map(len, lists), np.int64, len(lists))
         starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -150,7 +150,7 @@ class Verbatim:
         ]
         seen = np.concatenate([[0], np.cumsum(self._is_control.take(ids, mode="clip"))])[starts]
         for piece in np.flatnonzero(np.diff(seen) > np.array(spelled, dtype=np.int64)).tolist():
-            batch.refused.setdefault(int(np.searchsorted(first_pieces, piece, "right")) - 1, _forged())
+            refuse(piece, _forged())
         return Tokens(ids, starts[batch.ends], batch.refused)
 
     def positions(self, ids: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -236,6 +236,19 @@ def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
     groups = [sorted(group, key=len, reverse=True) for _, group in groupby(sorted(texts), key=lambda text: text[:1])]
     branches = [re.escape(first[0][:1]) + f"(?:{'|'.join(re.escape(t[1:]) for t in first)})" for first in groups]
     return re.compile("|".join(branches) or "(?!)")
+
+
+def _check_characters(text: str) -> None:
+    found = "U+FDD0" if _OPEN in text else None
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        found = "half of a surrogate pair"
+    if found:
+        raise DataError(
+            f"{found}, which is no character, stands in a message",
+            hint="the file was written with a wrong encoding; leave the row out or mend it",
+        )
 
 
 def _merges() -> DataError:

@@ -347,10 +347,18 @@ def test_export_checks_itself_and_says_what_was_added(runs: Runs, tmp_path: Path
 @pytest.mark.long
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_every_method_at_every_stage(bases: dict[str, Plan], world_size: int) -> None:
-    """And what the methods without adapters export: a model whose matrices have the rows."""
+    """And what the methods without adapters export: a model whose matrices have the rows.
+
+    At a quarter of the rate: in bf16 QLoRA at the other tests' rate differs by 4e-3 on three ranks, with rows trained
+    or without.
+    """
+    slower = {"optimizer": bases["tied"].trajectory.optimizer.model_copy(update={"lr": 5e-4})}
     cases = list(itertools.product(bases, METHODS, ("fp32", "bf16")))
     alone = {
-        f"{base} {kind} {dtype}": (base, {"method": METHODS[kind], "dtype": dtype, "zero": int(dtype == "bf16")})
+        f"{base} {kind} {dtype}": (
+            base,
+            {"method": METHODS[kind], "dtype": dtype, "zero": int(dtype == "bf16"), **slower},
+        )
         for base, kind, dtype in cases
     }
     shared = {
@@ -363,6 +371,7 @@ def test_every_method_at_every_stage(bases: dict[str, Plan], world_size: int) ->
                 "workers": world_size,
                 "micro_batch_size": 2,
                 "gradient_checkpointing": zero > 1,
+                **slower,
             },
         )
         for (base, kind, dtype), zero in itertools.product(cases, range(4))

@@ -6,6 +6,7 @@ how turns are written. `says` is written down by hand from the families' formats
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from launcher.data.chat_template import DATE
 from launcher.data.conversation import Conversation, Message
 from launcher.data.tokenizer import with_template
 
 if TYPE_CHECKING:
+    import pytest
     from transformers import PreTrainedTokenizerFast
 
 TEXT = [
@@ -555,6 +558,17 @@ FAMILIES = {
         bos="<bos>",
     ),
 }
+
+
+def pin_the_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For transformers too, which writes today's date into GPT-OSS's system prompt."""
+
+    class Today(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> Today:
+            return cls(DATE.year, DATE.month, DATE.day)
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Today)
 
 
 def shown(message: Message, family: Family) -> dict[str, Any]:

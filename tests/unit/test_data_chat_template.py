@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import datetime
 from typing import Any
 
 import jinja2
 import pytest
 
-from launcher.data.chat_template import DATE, ChatTemplate
+from launcher.data.chat_template import ChatTemplate
 from launcher.data.conversation import Conversation, Message, ToolCall
 from launcher.data.tokenizer import train_tokenizer, with_template
 from launcher.errors import ModelError
-from tests.unit.families import FAMILIES, TEXT, TOOL, hugging_face, shown, tokenizer_of
+from tests.unit.families import FAMILIES, TEXT, TOOL, hugging_face, pin_the_day, shown, tokenizer_of
 
 CALL = Message(
     "assistant", "", tool_calls=(ToolCall("get_weather", {"city": "Pa<ris>&é", "n": [1, None]}, "abcdefghi"),)
@@ -26,12 +25,7 @@ def template(source: Any, variables: dict[str, Any] | None = None) -> ChatTempla
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_text_is_that_of_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Today(datetime.datetime):
-        @classmethod
-        def now(cls, tz: datetime.tzinfo | None = None) -> Today:
-            return cls(DATE.year, DATE.month, DATE.day)
-
-    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Today)
+    pin_the_day(monkeypatch)
     family, tokenizer = FAMILIES[name], tokenizer_of(name)
     ours = ChatTemplate(tokenizer, {"enable_thinking": False, "reasoning_effort": "high"})
     assert ours.arguments_as_text == family.arguments_as_text

@@ -132,6 +132,12 @@ def test_the_recipe_s_format_settles_what_columns_leave_open() -> None:
     )
 
 
+def test_a_rejected_completion_is_not_learned() -> None:
+    assert said({"prompt": "2+2?", "completion": "4", "label": True}) == pair("2+2?", "4")
+    with pytest.raises(DataError, match="its label says that the completion was rejected"):
+        said({"prompt": "2+2?", "completion": "5", "label": False})
+
+
 def test_messages_end_with_the_last_answer_and_drop_what_says_nothing() -> None:
     row = chat(
         {"role": "system", "content": None},

@@ -6,7 +6,6 @@ comes before it is what transformers writes.
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,11 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launcher.data.chat_template import DATE
 from launcher.data.conversation import Conversation, Message, ToolCall
 from launcher.data.template import Document, Encoder
 from launcher.errors import DataError
-from tests.unit.families import FAMILIES, TOOL, Family, hugging_face, tokenizer_of
+from tests.unit.families import FAMILIES, TOOL, Family, hugging_face, pin_the_day, tokenizer_of
 
 EXAMPLES = settings(
     derandomize=True,
@@ -33,16 +31,9 @@ SPACE = st.sampled_from([" ", "\n", "\n\n", "  ", ""])
 FOREIGN = ("<|im_end|>", "</s>", "<|endoftext|>", "<|eot_id|>", "[INST]")
 
 
-class Today(datetime.datetime):
-    @classmethod
-    def now(cls, tz: datetime.tzinfo | None = None) -> Today:
-        return cls(DATE.year, DATE.month, DATE.day)
-
-
 @pytest.fixture(autouse=True)
-def the_day_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For transformers too, which writes today's date into GPT-OSS's system prompt."""
-    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Today)
+def the_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    pin_the_day(monkeypatch)
 
 
 def texts(controls: tuple[str, ...]) -> st.SearchStrategy[str]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import datetime
 from typing import Any
 
 import numpy as np
 import pytest
 
-from launcher.data.chat_template import DATE
 from launcher.data.conversation import Conversation, Message, ToolCall
 from launcher.data.template import Document, Encoder, adds_bos, end_of_turn_id, without_end_markers
 from launcher.data.tokenizer import train_tokenizer, with_template
 from launcher.errors import DataError
-from tests.unit.families import FAMILIES, TEXT, TOOL, hugging_face, tokenizer_of
+from tests.unit.families import FAMILIES, TEXT, TOOL, hugging_face, pin_the_day, tokenizer_of
 
 USER, TOLD = Message("user", "What is the sum?"), Message("assistant", "The sum is five.")
 SINGLE = Conversation((USER, TOLD), "rows.jsonl:1")
@@ -86,9 +84,9 @@ def test_what_stands_as_at_inference_stays_together() -> None:
     assert "I look" not in coloured("qwen-3", second)
 
 
-@pytest.mark.usefixtures("the_day")
-def test_an_answer_that_rewrites_its_own_prompt() -> None:
+def test_an_answer_that_rewrites_its_own_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     """GPT-OSS shows the thoughts behind a call to the model that answers, and drops them once it has answered."""
+    pin_the_day(monkeypatch)
     conversation = row(
         USER, CALL._replace(reasoning="I look"), RESULT, TOLD._replace(reasoning="It says"), tools=(TOOL,)
     )
@@ -348,6 +346,16 @@ def test_one_refused_row_does_not_stop_the_others() -> None:
     assert encoder.encode([]) == []
     with pytest.raises(DataError, match=r"rows.jsonl:7: the chat template refuses"):
         encoder.prompt(wrong)
+    with pytest.raises(DataError, match=r"rows.jsonl:9: plain text asks nothing"):
+        encoder.prompt(Conversation((), "rows.jsonl:9", text="Once."))
+
+
+def test_arguments_that_are_nested_too_deeply() -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(5000):
+        deep = {"a": deep}
+    call = CALL._replace(tool_calls=(ToolCall("get_weather", deep),))
+    assert refusal("qwen-2.5", row(USER, call)).message == "rows.jsonl:1: nested too deeply"
 
 
 def test_parts_of_a_document() -> None:
@@ -365,13 +373,3 @@ def test_where_a_document_begins() -> None:
     assert adds_bos(tokenizer_of("llama-2"))
     assert not adds_bos(tokenizer_of("chatml"))
     assert not adds_bos(tokenizer_of("zephyr"))
-
-
-@pytest.fixture
-def the_day(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Today(datetime.datetime):
-        @classmethod
-        def now(cls, tz: datetime.tzinfo | None = None) -> Today:
-            return cls(DATE.year, DATE.month, DATE.day)
-
-    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Today)

@@ -186,6 +186,8 @@ def test_text_that_cannot_be_told_from_placeholders_is_refused() -> None:
     verbatim = Verbatim(tokenizer_of("bytes"))
     with pytest.raises(DataError, match="U\\+FDD0, which is no character"):
         verbatim.hide("\ufdd01\ufdd1", own=False, strip=False)
+    with pytest.raises(DataError, match="half of a surrogate pair, which is no character"):
+        verbatim.hide("five \ud83e", own=True, strip=False)
     hidden, _ = verbatim.hide("a</s>b", own=False, strip=False)
     tokens = verbatim.tokenize([[hidden[:2], "c"], ["d"]])  # a template that cuts
     assert list(tokens.refused) == [0]
