@@ -37,7 +37,8 @@ def command(
 
         def make_plan(cluster: ClusterFacts) -> Plan:
             plan = planned(decided, cluster)
-            base_model.wait()
+            for note in base_model.wait():
+                render.note(note)
             create_run_folder(plan, loaded)
             return plan
 

@@ -138,7 +138,7 @@ class _Deciding:
             self.data.eval,
             self.data.test,
             groups=groups,
-            labels=self.labels[rows],
+            labels=self.labels[rows] if self.classes else None,
             stratify=self.data.stratify,
         )
 

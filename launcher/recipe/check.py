@@ -54,6 +54,11 @@ def _model(recipe: Recipe) -> Iterator[Conflict]:
         yield Conflict(("model.scratch",), "needs model_type", "such as `model_type: llama`")
     if model.scratch and model.revision:
         yield Conflict(("model.revision", "model.scratch"), "a scratch model has no revision", "leave it out")
+    for number, text in enumerate(model.add_tokens):
+        if not text.strip():
+            yield Conflict((f"model.add_tokens.{number}",), "blank", "such as `<|im_start|>`")
+        if text in model.add_tokens[:number]:
+            yield Conflict((f"model.add_tokens.{number}",), f"'{text}' is given twice", "name each token once")
     if recipe.method.targets == ():
         yield Conflict(("method.targets",), "empty", "name linear layers, or leave it out for all-linear")
 

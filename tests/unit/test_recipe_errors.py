@@ -209,6 +209,14 @@ ALPACA = "model: {path: gpt2}\ndata:\n  train: [{path: a.jsonl, format: alpaca}]
             "data.train.0.labels: 'yes' is given twice\n  hint: one word for each number, from 0",
         ),
         (
+            "model:\n  path: gpt2\n  add_tokens: ['<|a|>', ' ']\ndata: {train: [{path: a}]}",
+            "model.add_tokens.1: blank\n  hint: such as `<|im_start|>`",
+        ),
+        (
+            "model:\n  path: gpt2\n  add_tokens: ['<|a|>', '<|a|>']\ndata: {train: [{path: a}]}",
+            "model.add_tokens.1: '<|a|>' is given twice\n  hint: name each token once",
+        ),
+        (
             DATA + "  clean: {include: '(a'}",
             "data.clean.include: '(a' is no regular expression: missing ), unterminated subpattern at position 0\n"
             "  hint: write it in Python's syntax; in YAML, between single quotes",
