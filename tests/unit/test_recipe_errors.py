@@ -209,11 +209,11 @@ ALPACA = "model: {path: gpt2}\ndata:\n  train: [{path: a.jsonl, format: alpaca}]
             "data.train.0.labels: 'yes' is given twice\n  hint: one word for each number, from 0",
         ),
         (
-            "model:\n  path: gpt2\n  add_tokens: ['<|a|>', ' ']\ndata: {train: [{path: a}]}",
+            "model:\n\n  path: gpt2\n  add_tokens: ['<|a|>', ' ']\ndata: {train: [{path: a}]}",
             "model.add_tokens.1: blank\n  hint: such as `<|im_start|>`",
         ),
         (
-            "model:\n  path: gpt2\n  add_tokens: ['<|a|>', '<|a|>']\ndata: {train: [{path: a}]}",
+            "model:\n\n  path: gpt2\n  add_tokens: ['<|a|>', '<|a|>']\ndata: {train: [{path: a}]}",
             "model.add_tokens.1: '<|a|>' is given twice\n  hint: name each token once",
         ),
         (
