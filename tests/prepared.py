@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from launcher.data.masks.encoder import Document
 from launcher.data.store import DOCUMENT_SCHEMA, Set, as_lists, write_lists
-from launcher.data.template import Document
 
 
 def write_prepared(

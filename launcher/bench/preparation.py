@@ -83,9 +83,10 @@ def prepared(
 
 def slipway(data: Path, tokenizer: Path, max_length: int, processes: int, scratch: Path) -> dict[str, Any]:
     """One preparation of ours, and how long it takes to find it again."""
+    import pandas  # noqa: F401  pyarrow imports it with the first array that it makes
     import transformers
 
-    import launcher.data.build  # noqa: F401
+    import launcher.data.prepare.build  # noqa: F401
 
     transformers.AutoTokenizer.from_pretrained(tokenizer)  # imports aside
     began = time.perf_counter()

@@ -18,7 +18,7 @@ from launcher.cli.data_tables import Chart, Table, charts, fact_table, short, ta
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from launcher.data.report import Report
+    from launcher.data.prepare.report import Report
     from launcher.plan.plan import DataFacts
 
 SHOWN_ROWS, SHOWN_DROPPED = 3, 20
@@ -50,8 +50,8 @@ def command(
     writes, have a colour of their own, or the same text in a message a backslash before it.
     """
     from launcher.cli.progress import preparing
-    from launcher.data.findings import findings
-    from launcher.data.report import Report
+    from launcher.data.prepare.findings import findings
+    from launcher.data.prepare.report import Report
     from launcher.driver.start import decide, new_run_folder, run_name
     from launcher.recipe.load import load
 

@@ -17,7 +17,7 @@ from launcher.errors import UserError
 from launcher.units import format_count
 
 if TYPE_CHECKING:
-    from launcher.data.report import Report
+    from launcher.data.prepare.report import Report
     from launcher.plan.plan import DataFacts
 
 MOST_TOKENS = 50_000

@@ -11,7 +11,7 @@ from launcher.cli.data_rows import DroppedRow, place
 from launcher.units import format_seconds
 
 if TYPE_CHECKING:
-    from launcher.data.report import Histogram, Report, SetReport
+    from launcher.data.prepare.report import Histogram, Report, SetReport
     from launcher.plan.plan import DataFacts
 
 SET_NAMES = {"train": "training", "eval": "held out", "test": "test"}

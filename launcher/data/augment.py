@@ -14,8 +14,8 @@ from hashlib import blake2b
 from string import Formatter
 
 from launcher.data.conversation import Conversation
-from launcher.data.messages import SYSTEM
-from launcher.data.shapes import joined
+from launcher.data.formats.messages import SYSTEM
+from launcher.data.formats.shapes import joined
 from launcher.data.user_function import UserFunction
 from launcher.errors import DataError
 from launcher.plan.plan import AugmentPlan

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.data.conversation import Conversation
-from launcher.data.template import adds_bos, without_end_markers
+from launcher.data.masks.encoder import adds_bos, without_end_markers
 from launcher.errors import ModelError
 from launcher.plan.plan import ModelPlan
 

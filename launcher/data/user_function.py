@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.data.conversation import Message
-from launcher.data.messages import read_conversation
+from launcher.data.formats.messages import read_conversation
 from launcher.errors import DataError
 
 

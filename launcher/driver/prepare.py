@@ -16,7 +16,7 @@ from launcher.plan.facts import ClusterFacts
 from launcher.plan.plan import DataPlan
 
 if TYPE_CHECKING:
-    from launcher.data.work import Spread
+    from launcher.data.prepare.work import Spread
 
 
 CLUSTER_BYTES = 8 * 2**30
@@ -59,7 +59,7 @@ def _local_bytes(data: DataPlan) -> int:
 def over_cluster(
     task: Callable[[Any], Any], items: Sequence[tuple[int, Any]], keep: Callable[[int, Any], Any]
 ) -> Iterator[Any]:
-    """A `launcher.data.work.Spread`: `task` runs on the cluster's nodes, `keep` here.
+    """A `launcher.data.prepare.work.Spread`: `task` runs on the cluster's nodes, `keep` here.
 
     Only results travel, so the prepared folder needs no shared storage; the sources must be readable on every node.
 

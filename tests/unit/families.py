@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from launcher.data.chat_template import DATE
 from launcher.data.conversation import Conversation, Message
+from launcher.data.masks.chat_template import DATE
 from launcher.data.tokenizer import with_template
 
 if TYPE_CHECKING:

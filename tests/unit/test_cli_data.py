@@ -20,9 +20,9 @@ from launcher.cli import render
 from launcher.cli.app import main
 from launcher.cli.data_html import MOST_TOKENS, page, write
 from launcher.cli.data_rows import Piece, Row, ShownDocument, Words, dropped_rows, rows
-from launcher.data.findings import findings
 from launcher.data.loader import EvalData, MicroBatch, TestRows, TrainData
-from launcher.data.report import (
+from launcher.data.prepare.findings import findings
+from launcher.data.prepare.report import (
     Duplicates,
     LabelReport,
     Report,

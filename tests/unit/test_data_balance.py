@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
-from launcher.data.balance import balance, class_sizes, independent_draws, source_copies
 from launcher.data.conversation import Conversation, Message
-from launcher.data.split import as_digests, split
+from launcher.data.prepare.balance import balance, class_sizes, independent_draws, source_copies
+from launcher.data.prepare.split import as_digests, split
 from launcher.errors import DataError
 from tests.plans import held_out
 

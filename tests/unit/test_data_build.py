@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from launcher.data.prepare import prepare
-from launcher.data.report import Report
+from launcher.data.prepare.report import Report
 from launcher.data.store import Documents, Set, read_lists
 from launcher.errors import DataError
 from launcher.plan.plan import DataFacts, DataPlan, ModelPlan

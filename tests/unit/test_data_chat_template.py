@@ -7,8 +7,8 @@ from typing import Any
 import jinja2
 import pytest
 
-from launcher.data.chat_template import ChatTemplate
 from launcher.data.conversation import Conversation, Message, ToolCall
+from launcher.data.masks.chat_template import ChatTemplate
 from launcher.data.tokenizer import train_tokenizer, with_template
 from launcher.errors import ModelError
 from tests.unit.families import FAMILIES, TEXT, TOOL, hugging_face, pin_the_day, shown, tokenizer_of

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launcher.data.findings import findings
 from launcher.data.prepare import prepare
-from launcher.data.report import Report
+from launcher.data.prepare.findings import findings
+from launcher.data.prepare.report import Report
 from launcher.data.store import Documents
 from tests.plans import data_plan, held_out, source_plan
 from tests.unit.test_data_build import dropped, scratch_model

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.data.findings import findings
-from launcher.data.report import (
+from launcher.data.prepare.findings import findings
+from launcher.data.prepare.report import (
     Duplicates,
     Histogram,
     LabelReport,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.data.conversation import Conversation, Message
-from launcher.data.split import EVAL, TEST, TRAIN, as_digests, below, draws, group_digests, split
+from launcher.data.prepare.split import EVAL, TEST, TRAIN, as_digests, below, draws, group_digests, split
 from launcher.errors import DataError
 from tests.plans import held_out
 

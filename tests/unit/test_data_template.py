@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from launcher.data.conversation import Conversation, Message, ToolCall
-from launcher.data.template import Document, Encoder, adds_bos, end_of_turn_id, without_end_markers
+from launcher.data.masks.encoder import Document, Encoder, adds_bos, end_of_turn_id, without_end_markers
 from launcher.data.tokenizer import train_tokenizer, with_template
 from launcher.errors import DataError
 from tests.unit.families import FAMILIES, TEXT, TOOL, hugging_face, pin_the_day, tokenizer_of

@@ -231,9 +231,7 @@ def test_answers_need_test_rows(here: Path) -> None:
 
 
 @given(st.integers(1, 200), st.integers(1, 40), st.integers(1, 17), st.data())
-def test_slots_cover_every_row_once(
-    global_batch: int, micro: int, world_size: int, data: st.DataObject
-) -> None:
+def test_slots_cover_every_row_once(global_batch: int, micro: int, world_size: int, data: st.DataObject) -> None:
     cut = batch_layout(global_batch, micro, world_size)
     num_rows = data.draw(st.integers(1, global_batch), label="the last batch of an epoch is short")
     slots = [cut.slot(num_rows, step, rank) for step in range(cut.num_micro_steps) for rank in range(world_size)]

@@ -34,9 +34,9 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from launcher.data.conversation import Conversation, Message
-from launcher.data.messages import SYSTEM, written_as_sharegpt
-from launcher.data.shapes import BESIDE_TEXT, CHAT, SHAPES
-from launcher.data.values import bad_row, is_blank, listed, refuse_media, scalar, text
+from launcher.data.formats.messages import SYSTEM, written_as_sharegpt
+from launcher.data.formats.shapes import BESIDE_TEXT, CHAT, SHAPES
+from launcher.data.formats.values import bad_row, is_blank, listed, refuse_media, scalar, text
 from launcher.errors import DataError
 from launcher.plan.plan import SourcePlan
 

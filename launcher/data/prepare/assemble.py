@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.data import report as reports
-from launcher.data.balance import class_sizes
-from launcher.data.decide import DUPLICATE, NEAR_DUPLICATE, Decisions
-from launcher.data.encode import TOO_LONG
 from launcher.data.pack import best_fit
-from launcher.data.rows import Rows
-from launcher.data.staging import Staging
+from launcher.data.prepare import report as reports
+from launcher.data.prepare.balance import class_sizes
+from launcher.data.prepare.decide import DUPLICATE, NEAR_DUPLICATE, Decisions
+from launcher.data.prepare.encode import TOO_LONG
+from launcher.data.prepare.rows import Rows
+from launcher.data.prepare.staging import Staging
 from launcher.data.store import Documents, Set, read_lists, write_lists
 from launcher.errors import DataError
 from launcher.plan.plan import DataFacts, HeldOutPlan

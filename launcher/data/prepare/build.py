@@ -15,15 +15,16 @@ from typing import TypeVar
 
 import numpy as np
 
-from launcher.data.assemble import Assembly
 from launcher.data.clean import contamination
 from launcher.data.conversation import Conversation
-from launcher.data.decide import Decisions, decide
-from launcher.data.encode import Encode, Job
-from launcher.data.rows import Rows, format_of, words_of
-from launcher.data.scan import Scan
+from launcher.data.prepare.assemble import Assembly
+from launcher.data.prepare.decide import Decisions, decide
+from launcher.data.prepare.encode import Encode, Job
+from launcher.data.prepare.rows import Rows, format_of, words_of
+from launcher.data.prepare.scan import Scan
+from launcher.data.prepare.staging import Staging
+from launcher.data.prepare.work import Progress, Spread, processes
 from launcher.data.sources import Piece, pieces
-from launcher.data.staging import Staging
 from launcher.data.store import Set
 from launcher.data.tokenizer import (
     is_trained,
@@ -33,7 +34,6 @@ from launcher.data.tokenizer import (
     training_text,
     with_template,
 )
-from launcher.data.work import Progress, Spread, processes
 from launcher.plan.plan import DataFacts, DataPlan, ModelPlan
 
 T = TypeVar("T")

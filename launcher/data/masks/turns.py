@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from launcher.data.chat_template import ChatTemplate, Shown
-from launcher.data.verbatim import SENTINELS
+from launcher.data.masks.chat_template import ChatTemplate, Shown
+from launcher.data.masks.verbatim import SENTINELS
 from launcher.errors import DataError
 
 _WORDS = re.compile(r"[A-Za-z0-9]+")

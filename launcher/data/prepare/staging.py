@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from launcher.data.encode import Part
+from launcher.data.prepare.encode import Part
 from launcher.data.store import digest
 
 

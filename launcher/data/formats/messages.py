@@ -13,7 +13,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from launcher.data.conversation import Message, ToolCall
-from launcher.data.values import bad_row, flaw, from_json, is_blank, kind, refuse_media, require_json, short, text
+from launcher.data.formats.values import (
+    bad_row,
+    flaw,
+    from_json,
+    is_blank,
+    kind,
+    refuse_media,
+    require_json,
+    short,
+    text,
+)
 
 ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")} | {"function": "tool"}
 SPEAKERS = {

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from launcher.data.augment import Augment
 from launcher.data.conversation import Conversation
-from launcher.data.rows import Rows
-from launcher.data.scan import BAD_ROW, SHOWN_CHARACTERS, mending
+from launcher.data.masks.encoder import Document, Encoder, without_end_markers
+from launcher.data.prepare.rows import Rows
+from launcher.data.prepare.scan import BAD_ROW, SHOWN_CHARACTERS, mending
 from launcher.data.sources import Piece
 from launcher.data.store import DOCUMENT_SCHEMA, Set, as_lists
-from launcher.data.template import Document, Encoder, without_end_markers
 from launcher.errors import DataError
 
 if TYPE_CHECKING:

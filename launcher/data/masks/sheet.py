@@ -8,8 +8,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.data.turns import Turn
-from launcher.data.verbatim import Verbatim
+from launcher.data.masks.turns import Turn
+from launcher.data.masks.verbatim import Verbatim
 from launcher.errors import DataError
 
 Masked = tuple[NDArray[np.int32], NDArray[np.uint8]]

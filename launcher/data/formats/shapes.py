@@ -1,4 +1,4 @@
-"""What each format makes of a row: one function a format, from columns to who said what. The table is in formats.py."""
+"""What each format makes of a row: one function a format, from columns to who said what. The table is in detect.py."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from launcher.data.conversation import Conversation, Message
-from launcher.data.messages import read_conversation, read_messages, read_tools, up_to_last_answer
-from launcher.data.values import bad_row, is_blank, kind, listed, scalar, short, text
+from launcher.data.formats.messages import read_conversation, read_messages, read_tools, up_to_last_answer
+from launcher.data.formats.values import bad_row, is_blank, kind, listed, scalar, short, text
 from launcher.errors import DataError
 from launcher.plan.plan import SourcePlan
 

@@ -18,7 +18,7 @@ from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from launcher.data.verbatim import SENTINELS
+from launcher.data.masks.verbatim import SENTINELS
 from launcher.errors import ModelError
 
 if TYPE_CHECKING:

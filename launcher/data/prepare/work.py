@@ -40,6 +40,11 @@ def processes(num_workers: int) -> Spread:
             for number, item in items:
                 yield keep(number, task(item))
             return
+        # pyarrow imports pandas with the first array that it makes: once here, not in every process. Imported here,
+        # because finding data that is prepared costs neither.
+        import pyarrow
+
+        pyarrow.array([0])
         pool = ProcessPoolExecutor(min(num_workers, len(items)), _context(), _adopt, (task, keep))
         try:
             yield from pool.map(_work, items)

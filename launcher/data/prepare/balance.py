@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.data.split import Digests, below
+from launcher.data.prepare.split import Digests, below
 from launcher.errors import DataError
 
 Balance = Literal["none", "weights", "oversample", "undersample"]

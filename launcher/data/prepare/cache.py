@@ -22,9 +22,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from launcher.data.prepare.work import Progress, Spread
 from launcher.data.sources import fingerprint
 from launcher.data.tokenizer import is_trained, tokenizer_name, trained_vocab_size
-from launcher.data.work import Progress, Spread
 from launcher.errors import DataError, RunFolderError
 from launcher.plan.plan import DataFacts, DataPlan, ModelPlan
 
@@ -78,7 +78,7 @@ def prepare(
             staging = folder.with_name(f".{key}.staging")
             staging.mkdir(exist_ok=True)
             # Imported here: finding prepared data must not cost what making it does.
-            from launcher.data.build import Build
+            from launcher.data.prepare.build import Build
 
             try:
                 facts = Build(model, data, seed, staging, progress, workers, spread, num_bytes).run(folder)

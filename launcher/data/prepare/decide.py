@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from launcher.data.balance import balance, source_copies
 from launcher.data.clean.near import first_wins
-from launcher.data.scan import CONTAMINATED
-from launcher.data.split import Digests, as_digests, group_digests, split
+from launcher.data.prepare.balance import balance, source_copies
+from launcher.data.prepare.scan import CONTAMINATED
+from launcher.data.prepare.split import Digests, as_digests, group_digests, split
 from launcher.data.store import Set
 from launcher.errors import DataError
 from launcher.plan.plan import DataPlan

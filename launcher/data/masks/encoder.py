@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.data.chat_template import ChatTemplate, Shown
 from launcher.data.conversation import Conversation, Message, ToolCall
-from launcher.data.sheet import Sheet
-from launcher.data.turns import Row, Turn, Turns
-from launcher.data.verbatim import Verbatim
+from launcher.data.masks.chat_template import ChatTemplate, Shown
+from launcher.data.masks.sheet import Sheet
+from launcher.data.masks.turns import Row, Turn, Turns
+from launcher.data.masks.verbatim import Verbatim
 from launcher.errors import DataError
 
 if TYPE_CHECKING:

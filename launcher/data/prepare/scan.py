@@ -21,7 +21,7 @@ from launcher.data.clean.filters import Dropped, Filters
 from launcher.data.clean.near import NUM_VALUES, signatures
 from launcher.data.clean.words import exchange
 from launcher.data.conversation import Conversation
-from launcher.data.rows import Rows
+from launcher.data.prepare.rows import Rows
 from launcher.data.sources import Piece
 from launcher.plan.plan import CleanPlan
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launcher.data.report import Report, SourceReport
+from launcher.data.prepare.report import Report, SourceReport
 
 CUT_SHARE = 0.05
 """Conversations beyond data.max_length: one in twenty is more than the odd outlier."""
