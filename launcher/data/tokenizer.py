@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launcher.data.conversation import Conversation
 from launcher.data.masks.encoder import adds_bos, without_end_markers
@@ -58,7 +58,7 @@ def load_tokenizer(model: ModelPlan) -> PreTrainedTokenizerFast:
             f"{name}: its tokenizer {type(tokenizer).__name__} is written in Python, without a tokenizer.json",
             hint="convert it once with transformers and save_pretrained, and give that folder as model.tokenizer",
         )
-    return with_template(tokenizer, model.chat_template, model.add_tokens)
+    return with_template(tokenizer, model.chat_template, model.template_kwargs, model.add_tokens)
 
 
 def tokenizer_name(model: ModelPlan) -> tuple[str, str | None]:
@@ -119,10 +119,14 @@ def training_text(conversation: Conversation) -> str:
 
 
 def with_template(
-    tokenizer: PreTrainedTokenizerFast, chat_template: str | None, add_tokens: Sequence[str] = ()
+    tokenizer: PreTrainedTokenizerFast,
+    chat_template: str | None,
+    variables: Mapping[str, Any] | None = None,
+    add_tokens: Sequence[str] = (),
 ) -> PreTrainedTokenizerFast:
     """`tokenizer` with `chat_template` in effect; None keeps its own, or sets the default where it has none.
 
+    `variables` become defaults of the template, so that whoever is given the tokenizer later writes as in training.
     Those of `add_tokens` that it does not have become control tokens of it, in their order, with the next ids.
     Raises ModelError where there is no end-of-text token: a model could not learn to stop.
     """
@@ -138,7 +142,24 @@ def with_template(
     elif tokenizer.chat_template is None:
         # A base model that was pretrained with a first token (Llama, Gemma) needs it in every document.
         tokenizer.chat_template = "{{ bos_token }}" * adds_bos(tokenizer) + DEFAULT_CHAT_TEMPLATE
+    if variables:
+        own = tokenizer.chat_template
+        named = {item["name"]: item["template"] for item in own} if isinstance(own, list) else own
+        if isinstance(named, dict):
+            tokenizer.chat_template = {name: with_defaults(text, variables) for name, text in named.items()}
+        else:
+            tokenizer.chat_template = with_defaults(named, variables)
     return tokenizer
+
+
+def with_defaults(template: str, variables: Mapping[str, Any]) -> str:
+    """`template` with a value for each of `variables` where nobody gives another."""
+    lines = (
+        f"{{% if {name} is not defined %}}{{% set {name} = {value!r} %}}{{% endif %}}"
+        for name, value in variables.items()
+    )
+    # What follows a block loses its line break; a template may begin with one.
+    return "".join(lines) + "{{ '' }}" + template
 
 
 @cache

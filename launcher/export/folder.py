@@ -100,7 +100,7 @@ def write_folder(plan: Plan, model: Any, tokenizer: Any, folder: Path, merged: b
     if generation is not None:
         from launcher.data.masks.encoder import end_of_turn_id
 
-        generation.eos_token_id = end_of_turn_id(tokenizer, plan.trajectory.model.template_kwargs)
+        generation.eos_token_id = end_of_turn_id(tokenizer)
         generation.pad_token_id = (
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         )

@@ -54,6 +54,9 @@ def _model(recipe: Recipe) -> Iterator[Conflict]:
         yield Conflict(("model.scratch",), "needs model_type", "such as `model_type: llama`")
     if model.scratch and model.revision:
         yield Conflict(("model.revision", "model.scratch"), "a scratch model has no revision", "leave it out")
+    for name in model.template_kwargs:
+        if not name.isidentifier() or name.lower() in ("none", "true", "false", "messages", "tools"):
+            yield Conflict((f"model.template_kwargs.{name}",), "no name of a variable", "such as enable_thinking")
     for number, text in enumerate(model.add_tokens):
         if not text.strip():
             yield Conflict((f"model.add_tokens.{number}",), "blank", "such as `<|im_start|>`")

@@ -129,7 +129,7 @@ def build_parts(plan: Plan, batch: BatchLayout, device: torch.device, metrics: M
         eval_data=EvalData(folder, plan.lifecycle.eval_max_rows),
         test_rows=TestRows(folder, generate.rows) if generate is not None else None,
         tokenizer=tokenizer,
-        end_of_turn=end_of_turn_id(tokenizer, trajectory.model.template_kwargs),
+        end_of_turn=end_of_turn_id(tokenizer),
         device=device,
         log=metrics,
         watch=Stopwatch(device),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import jinja2
@@ -9,7 +10,7 @@ import pytest
 
 from launcher.data.conversation import Conversation, Message, ToolCall
 from launcher.data.masks.chat_template import ChatTemplate
-from launcher.data.tokenizer import train_tokenizer, with_template
+from launcher.data.tokenizer import train_tokenizer, with_defaults, with_template
 from launcher.errors import ModelError
 from tests.unit.families import FAMILIES, TEXT, TOOL, hugging_face, pin_the_day, shown, tokenizer_of
 
@@ -20,14 +21,18 @@ RESULT = Message("tool", '{"sky": "clear"}', name="get_weather", tool_call_id="a
 
 
 def template(source: Any, variables: dict[str, Any] | None = None) -> ChatTemplate:
-    return ChatTemplate(with_template(train_tokenizer(TEXT, 300), source), variables)
+    return ChatTemplate(with_template(train_tokenizer(TEXT, 300), source, variables))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_text_is_that_of_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pin_the_day(monkeypatch)
     family, tokenizer = FAMILIES[name], tokenizer_of(name)
-    ours = ChatTemplate(tokenizer, {"enable_thinking": False, "reasoning_effort": "high"})
+    with_values = copy.copy(tokenizer)
+    with_values.chat_template = with_defaults(
+        str(tokenizer.chat_template), {"enable_thinking": False, "reasoning_effort": "high"}
+    )
+    ours = ChatTemplate(with_values)
     assert ours.arguments_as_text == family.arguments_as_text
     user, told = Message("user", " What <is>\n'it'?\n"), Message("assistant", " five\n\n", "thoughts" * family.thinks)
     messages = [user, told, user, told]
@@ -49,12 +54,21 @@ def test_the_text_is_that_of_transformers(name: str, monkeypatch: pytest.MonkeyP
 
 
 def test_nothing_depends_on_the_day() -> None:
-    dated = template(
-        "{{ strftime_now('%d %b %Y') }} {{ date_string }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    )
-    assert dated.render([{"role": "user", "content": "a"}]) == "26 Jul 2024 26 Jul 2024a"
-    given = template("{{ date_string }}", {"date_string": "1 Jan 2030"})
-    assert given.render([]) == "1 Jan 2030"
+    dated = template("{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert dated.render([{"role": "user", "content": "a"}]) == "26 Jul 2024a"
+
+
+def test_variables_of_the_recipe_are_defaults_of_the_template_wherever_it_goes() -> None:
+    values = {"date_string": "1 Jan 2030", "enable_thinking": False, "depth": 3, "note": "it's \"so\"\n", "nothing": None}
+    source = "\n{{ date_string }} {{ enable_thinking }} {{ depth }} {{ note }}{{ nothing }}"
+    expected = "\n1 Jan 2030 False 3 it's \"so\"\nNone"
+    tokenizer = with_template(train_tokenizer(TEXT, 300), source, values)
+    assert ChatTemplate(tokenizer).render([]) == expected
+    assert tokenizer.apply_chat_template([], tokenize=False) == expected
+    other = tokenizer.apply_chat_template([], tokenize=False, enable_thinking=True)
+    assert other == expected.replace("False", "True")
+    tokenizer.chat_template = {"default": source, "tool_use": source + "!"}
+    assert ChatTemplate(with_template(tokenizer, None, values)).render([], tools=[TOOL]) == expected + "!"
 
 
 def test_the_template_with_tools_is_taken_where_there_are_tools() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,12 @@ def row(*messages: Message, **more: Any) -> Conversation:
     return Conversation(messages, "rows.jsonl:1", **more)
 
 
-def documents(name: str, conversation: Conversation, **options: Any) -> list[Document]:
-    (made,) = Encoder(tokenizer_of(name), **({"supervise": "all"} | options)).encode([conversation])
+def documents(
+    name: str, conversation: Conversation, variables: dict[str, Any] | None = None, **options: Any
+) -> list[Document]:
+    tokenizer = copy.copy(tokenizer_of(name))
+    with_template(tokenizer, None, variables)
+    (made,) = Encoder(tokenizer, **({"supervise": "all"} | options)).encode([conversation])
     assert not isinstance(made, DataError), made
     return made
 
@@ -232,11 +237,11 @@ def test_the_end_of_text_is_learned_where_it_also_fills() -> None:
 
 
 def test_variables_of_the_template() -> None:
-    (document,) = documents("qwen-3", SINGLE, template_kwargs={"enable_thinking": False})
+    (document,) = documents("qwen-3", SINGLE, variables={"enable_thinking": False})
     assert coloured("qwen-3", document).endswith("assistant\n<think>\n\n</think>\n\n⟦The sum is five.<|im_end|>⟧\n")
     search = CALL._replace(tool_calls=(ToolCall("search", {"query": "Paris"}),))
     kwargs = {"builtin_tools": ["search"]}
-    (document,) = documents("llama-3.1", row(USER, search, RESULT, TOLD), template_kwargs=kwargs)
+    (document,) = documents("llama-3.1", row(USER, search, RESULT, TOLD), variables=kwargs)
     assert '⟦<|python_tag|>search.call(query="Paris")<|eom_id|>⟧' in coloured("llama-3.1", document)
     assert coloured("llama-3.1", document).endswith("⟦The sum is five.<|eot_id|>⟧")
 

@@ -64,16 +64,16 @@ def test_tokens_are_added_once_and_in_order() -> None:
     tokenizer = train_tokenizer(TEXT * 5, 320)
     template = FAMILIES["chatml"].template
     wanted = ("<|im_end|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")
-    with_template(tokenizer, template, wanted)
+    with_template(tokenizer, template, add_tokens=wanted)
     assert tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"]) == [320, 321]
     assert len(tokenizer) == 322
     assert tokenizer.eos_token_id == 0
     assert ids_of(tokenizer)[0] == 321
     assert Encoder(tokenizer, "all").end_of_turn_id == 320
-    with_template(tokenizer, template, wanted)
+    with_template(tokenizer, template, add_tokens=wanted)
     assert len(tokenizer) == 322
     tokenizer.add_tokens(["<think>"])
-    with_template(tokenizer, template, ("<think>",))
+    with_template(tokenizer, template, add_tokens=("<think>",))
     assert not tokenizer.added_tokens_decoder[322].special  # what it has stays what it is
     spelled = Conversation((Message("user", "a<|im_start|>"), Message("assistant", "b")))
     assert ids_of(tokenizer, spelled).count(321) == 2

@@ -209,6 +209,10 @@ ALPACA = "model: {path: gpt2}\ndata:\n  train: [{path: a.jsonl, format: alpaca}]
             "data.train.0.labels: 'yes' is given twice\n  hint: one word for each number, from 0",
         ),
         (
+            "model:\n\n  path: gpt2\n  template_kwargs: {enable-thinking: false}\ndata: {train: [{path: a}]}",
+            "model.template_kwargs.enable-thinking: no name of a variable\n  hint: such as enable_thinking",
+        ),
+        (
             "model:\n\n  path: gpt2\n  add_tokens: ['<|a|>', ' ']\ndata: {train: [{path: a}]}",
             "model.add_tokens.1: blank\n  hint: such as `<|im_start|>`",
         ),

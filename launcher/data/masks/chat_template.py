@@ -7,7 +7,7 @@ the run could change is pinned: Llama 3.2 and GPT-OSS write the date into the sy
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -40,9 +40,9 @@ _TOOL = {
 
 
 class ChatTemplate:
-    """The chat template in effect for a tokenizer, with the variables that a recipe gives it."""
+    """The chat template in effect for a tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, variables: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Raises ModelError where there is no template, or it is no Jinja."""
         named = tokenizer.chat_template
         if isinstance(named, list):  # as tokenizer_config.json has it
@@ -65,9 +65,7 @@ class ChatTemplate:
         self._constants = {
             **_ENVIRONMENT.globals,
             "documents": None,
-            "date_string": DATE.strftime("%d %b %Y"),
             **tokenizer.special_tokens_map,
-            **(variables or {}),
         }
         self._content_as_parts = self._wants_parts()
         self.arguments_as_text = self._wants_text()

@@ -84,14 +84,13 @@ class Encoder:
         *,
         special_tokens: Literal["text", "strip"] = "text",
         system_turns: Literal["keep", "merge", "drop"] = "keep",
-        template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """The options are those of the recipe's section `data`, and `model.template_kwargs`."""
+        """The options are those of the recipe's section `data`."""
         self._eos, self._bos = str(tokenizer.eos_token), str(tokenizer.bos_token) if adds_bos(tokenizer) else ""
         self._supervise = supervise
         self._strip = special_tokens == "strip"
         self._system_turns = system_turns
-        self._template = ChatTemplate(tokenizer, template_kwargs)
+        self._template = ChatTemplate(tokenizer)
         self._verbatim = Verbatim(tokenizer, self._template.written)
         self._turns = Turns(self._template, self._verbatim.controls)
 
@@ -301,9 +300,9 @@ def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def end_of_turn_id(tokenizer: PreTrainedTokenizerFast, template_kwargs: Mapping[str, Any] | None = None) -> int:
+def end_of_turn_id(tokenizer: PreTrainedTokenizerFast) -> int:
     """The token that ends an assistant's turn in the tokenizer's chat template: where generation has to stop."""
-    return Encoder(tokenizer, "last", template_kwargs=template_kwargs).end_of_turn_id
+    return Encoder(tokenizer, "last").end_of_turn_id
 
 
 def without_end_markers(conversation: Conversation, eos_token: str) -> tuple[Conversation, int]:

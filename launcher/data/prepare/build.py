@@ -123,7 +123,9 @@ class Build:
             return self._staging.tokenizer
         if is_trained(self._model):
             trained = train_tokenizer(self._training_texts(decisions), trained_vocab_size(self._model))
-            tokenizer = with_template(trained, self._model.chat_template, self._model.add_tokens)
+            tokenizer = with_template(
+                trained, self._model.chat_template, self._model.template_kwargs, self._model.add_tokens
+            )
         else:
             tokenizer = load_tokenizer(self._model)
         return self._staging.keep_tokenizer(tokenizer)
@@ -138,7 +140,7 @@ class Build:
             self._say("train the tokenizer", decisions.starts[number + 1], decisions.starts[-1])
 
     def _encode(self, decisions: Decisions, tokenizer_folder: Path) -> None:
-        encode = Encode(self._rows, tokenizer_folder, self._model.template_kwargs, self._seed)
+        encode = Encode(self._rows, tokenizer_folder, self._seed)
         self._vocab_size = encode.vocab_size()  # loads the tokenizer here, so that forked processes have it
         todo = [
             (number, Job(piece, *decisions.of_piece(number)))

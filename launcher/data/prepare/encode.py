@@ -70,8 +70,8 @@ class _Row:
 class Encode:
     """Makes parts of pieces. Picklable: it takes the tokenizer's files to other processes and machines."""
 
-    def __init__(self, rows: Rows, tokenizer_folder: Path, template_kwargs: dict[str, Any], seed: int) -> None:
-        self._rows, self._template_kwargs = rows, template_kwargs
+    def __init__(self, rows: Rows, tokenizer_folder: Path, seed: int) -> None:
+        self._rows = rows
         self._augment = Augment(rows.data.augment, seed)
         self._mend = mending(rows.data.clean)
         self._files = {path.name: path.read_bytes() for path in sorted(tokenizer_folder.iterdir()) if path.is_file()}
@@ -95,7 +95,6 @@ class Encode:
                 data.supervise,
                 special_tokens=data.special_tokens,
                 system_turns=data.system_turns,
-                template_kwargs=self._template_kwargs,
             )
         return self._encoder
 
