@@ -62,10 +62,11 @@ def test_variables_of_the_recipe_are_defaults_of_the_template_wherever_it_goes()
     values = {"date_string": "1 Jan 2030", "enable_thinking": False, "depth": 3, "note": "it's \"so\"\n", "nothing": None}
     source = "\n{{ date_string }} {{ enable_thinking }} {{ depth }} {{ note }}{{ nothing }}"
     expected = "\n1 Jan 2030 False 3 it's \"so\"\nNone"
+    said = [{"role": "user", "content": "a"}]
     tokenizer = with_template(train_tokenizer(TEXT, 300), source, values)
     assert ChatTemplate(tokenizer).render([]) == expected
-    assert tokenizer.apply_chat_template([], tokenize=False) == expected
-    other = tokenizer.apply_chat_template([], tokenize=False, enable_thinking=True)
+    assert tokenizer.apply_chat_template(said, tokenize=False) == expected
+    other = tokenizer.apply_chat_template(said, tokenize=False, enable_thinking=True)
     assert other == expected.replace("False", "True")
     tokenizer.chat_template = {"default": source, "tool_use": source + "!"}
     assert ChatTemplate(with_template(tokenizer, None, values)).render([], tools=[TOOL]) == expected + "!"
