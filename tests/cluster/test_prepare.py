@@ -2,39 +2,53 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from launcher.data.prepare import prepare
 from launcher.driver.prepare import cluster_for
-from launcher.errors import DataError
-from tests.plans import clean_plan, data_plan, held_out, source_plan
-from tests.unit.test_data_build import content, rows, scratch_model, write
+from launcher.plan.plan import DataFacts
+from tests.cluster.command import Command
+from tests.plans import data_plan, source_plan
+from tests.unit.test_data_build import content, rows, write
 
 pytestmark = pytest.mark.cluster
 
 
+RECIPE = """
+model: {scratch: {model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,
+                  num_attention_heads: 2, num_key_value_heads: 1, vocab_size: 300}}
+data: {train: [{path: rows}], eval: {split: 0.1}, test: {rows: 5}, clean: {near_duplicates: 0.8}}
+"""
+
+
+def prepared(folder: Path, where: str) -> tuple[int, DataFacts | None, str]:
+    """What `slipway data` makes of the recipe in `folder`: its exit code, the facts, and what it said."""
+    with Command(folder, "data", "mine.yaml", f"data.prepare_on={where}", f"runs={where}", "--json") as command:
+        code, out, err = command.end()
+    return code, DataFacts(**json.loads(out)["facts"]) if code == 0 else None, err
+
+
 def test_the_cluster_makes_the_same_files(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(RECIPE)
     for i in range(5):
         write(tmp_path / "rows" / f"{i}.jsonl", rows(40, seed=i))
-    data = data_plan(
-        source_plan(tmp_path / "rows"), eval=held_out(0.1), test=held_out(rows=5), clean=clean_plan(near_duplicates=0.8)
-    )
-    here = prepare(scratch_model(), data, seed=1, cache_dir=tmp_path / "here")
-    with cluster_for("cluster", data, None) as spread:
-        assert spread is not None
-        there = prepare(scratch_model(), data, seed=1, cache_dir=tmp_path / "there", spread=spread)
-        assert there == here.model_copy(update={"folder": there.folder})
-        assert content(there) == content(here)
-        assert len(list((Path(there.folder) / "documents").iterdir())) == 5
+    _, here, err = prepared(tmp_path, "machine")
+    assert here is not None, err
+    _, there, err = prepared(tmp_path, "cluster")
+    assert there is not None, err
+    assert there == here.model_copy(update={"folder": there.folder})
+    assert there.folder != here.folder
+    assert content(there) == content(here)
+    assert len(list((Path(there.folder) / "documents").iterdir())) == 5
 
-        # A row that stops the preparation does so from another process too, in its own words.
-        write(tmp_path / "rows" / "3.jsonl", [*rows(5), {"prompt": "Nothing?", "completion": ""}])
-        with pytest.raises(DataError, match=r"3\.jsonl:6: 'completion' is empty") as error:
-            prepare(scratch_model(), data, seed=1, cache_dir=tmp_path / "there", spread=spread)
-        assert error.value.hint
+    # A row that stops the preparation does so from another process too, in its own words.
+    write(tmp_path / "rows" / "3.jsonl", [*rows(5), {"prompt": "Nothing?", "completion": ""}])
+    code, _, err = prepared(tmp_path, "cluster")
+    assert code == 2
+    assert f"{tmp_path}/rows/3.jsonl:6: 'completion' is empty\nhint: " in err
 
 
 @pytest.mark.parametrize(

@@ -59,9 +59,9 @@ def test_nothing_depends_on_the_day() -> None:
 
 
 def test_variables_of_the_recipe_are_defaults_of_the_template_wherever_it_goes() -> None:
-    values = {"date_string": "1 Jan 2030", "enable_thinking": False, "depth": 3, "note": "it's \"so\"\n", "nothing": None}
+    values = {"date_string": "1 Jan 2030", "enable_thinking": False, "depth": 3, "note": "it's so\n", "nothing": None}
     source = "\n{{ date_string }} {{ enable_thinking }} {{ depth }} {{ note }}{{ nothing }}"
-    expected = "\n1 Jan 2030 False 3 it's \"so\"\nNone"
+    expected = "\n1 Jan 2030 False 3 it's so\nNone"
     said = [{"role": "user", "content": "a"}]
     tokenizer = with_template(train_tokenizer(TEXT, 300), source, values)
     assert ChatTemplate(tokenizer).render([]) == expected
