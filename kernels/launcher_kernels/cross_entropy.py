@@ -10,9 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def cross_entropy_sum(
-    logits_SV: Tensor, targets_S: Tensor, weights_S: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def cross_entropy_sum(logits_SV: Tensor, targets_S: Tensor, weights_S: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Sum of -log softmax(logits)[target] in fp32, and how many targets were the most likely token.
 
     A sum, not a mean: a mean over one micro batch, averaged over micro batches and ranks, weighs tokens by the

@@ -22,8 +22,7 @@ def resolve_data(loaded: LoadedRecipe) -> DataPlan:
         DataError: a file that is not there.
     """
     section = loaded.recipe.data
-    clean, augment = section.clean, section.augment
-    file, name = _function(loaded, augment.function)
+    file, name = _function(loaded, section.augment.function)
     return DataPlan(
         train=_sources(loaded, "data.train", section.train),
         eval=_held_out(loaded, "data.eval", section.eval),
@@ -33,24 +32,10 @@ def resolve_data(loaded: LoadedRecipe) -> DataPlan:
         stratify=section.stratify,
         balance=section.balance,
         clean=CleanPlan(
-            duplicates=clean.duplicates,
-            near_duplicates=clean.near_duplicates,
-            overlap=clean.overlap,
-            contamination=_sources(loaded, "data.clean.contamination", clean.contamination),
-            min_tokens=clean.min_tokens,
-            max_chars=clean.max_chars,
-            languages=clean.languages,
-            include=clean.include,
-            exclude=clean.exclude,
-            mend_encoding=clean.mend_encoding,
+            contamination=_sources(loaded, "data.clean.contamination", section.clean.contamination),
+            **section.clean.model_dump(exclude={"contamination"}),
         ),
-        augment=AugmentPlan(
-            function_file=file,
-            function_name=name,
-            wordings=augment.wordings,
-            truncate_turns=augment.truncate_turns,
-            drop_system=augment.drop_system,
-        ),
+        augment=AugmentPlan(function_file=file, function_name=name, **section.augment.model_dump(exclude={"function"})),
         max_length=section.max_length,
         packing=section.packing,
         too_long=section.too_long,

@@ -16,7 +16,6 @@ from launcher.plan.plan import (
     LayoutPlan,
     Lifecycle,
     MethodPlan,
-    ModelPlan,
     OptimizerPlan,
     Plan,
     SchedulePlan,
@@ -25,7 +24,7 @@ from launcher.plan.plan import (
 from launcher.train.metrics import last_of_each_step
 from launcher.train.verdict import Verdict
 from tests.distributed.tiny import quiet
-from tests.plans import data_plan, held_out, source_plan
+from tests.plans import data_plan, held_out, model_plan, source_plan
 
 STEPS = 20
 GLOBAL_BATCH = 6
@@ -70,17 +69,7 @@ def tiny_run(root: Path, balance: Literal["none", "weights"] = "none", **scratch
     root.mkdir(parents=True, exist_ok=True)
     rows = root / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in conversations(60)), encoding="utf-8")
-    model = ModelPlan(
-        source="scratch",
-        path=str(root / "base"),
-        revision=None,
-        scratch=LLAMA | scratch,
-        tokenizer=None,
-        chat_template=None,
-        template_kwargs={},
-        add_tokens=(),
-        trust_remote_code=False,
-    )
+    model = model_plan(root / "base", source="scratch", scratch=LLAMA | scratch)
     data = data_plan(
         source_plan(rows, format="messages"),
         eval=held_out(split=0.15),

@@ -20,14 +20,13 @@ from launcher.plan.plan import (
     LayoutPlan,
     Lifecycle,
     MethodPlan,
-    ModelPlan,
     OptimizerPlan,
     Plan,
     SchedulePlan,
     Trajectory,
 )
 from launcher.train.engine import build_engine, optimizer_step
-from tests.plans import data_plan, source_plan
+from tests.plans import data_plan, model_plan, source_plan
 
 GLOBAL_BATCH, TOKENS, VOCABULARY = 6, 12, 127  # six rows for 1, 2 or 3 ranks; odd sizes, so that partitions cut rows
 
@@ -41,17 +40,7 @@ def tiny_plan(run_dir: Path, zero: int, dtype: Any = "fp32", offload: bool = Fal
         version="0",
         recipe_hash="",
         trajectory=Trajectory(
-            model=ModelPlan(
-                source="scratch",
-                path=str(run_dir / "base"),
-                revision=None,
-                scratch={},
-                tokenizer=None,
-                chat_template=None,
-                template_kwargs={},
-                add_tokens=(),
-                trust_remote_code=False,
-            ),
+            model=model_plan(run_dir / "base", source="scratch", scratch={}),
             method=MethodPlan(kind="full", rank=None, alpha=None, dropout=None, targets=None, train_last_layers=None),
             data=data_plan(source, max_length=TOKENS, packing=False),
             data_content_hash="",

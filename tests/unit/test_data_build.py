@@ -117,13 +117,14 @@ def test_what_a_killed_preparation_has_done_is_not_done_again(folder: Path, tmp_
 
 def test_every_row_that_is_left_out_says_why(tmp_path: Path) -> None:
     good = rows(40)
-    benchmark = rows(3, seed=99)
+    benchmark = [*rows(3, seed=99), {"prompt": "Who wrote it?", "completion": "Nobody knows."}]
     all_said = " ".join(row["prompt"] for row in rows(9, seed=77))
     bad: list[tuple[str, Any]] = [
         ("duplicate", good[3]),
         ("near duplicate", good[7] | {"prompt": good[7]["prompt"] + "!", "completion": good[7]["completion"] + " end"}),
         ("asks what a held-out row asks", {"prompt": "What is held out?", "completion": "Another answer."}),
         ("contamination", {"prompt": benchmark[1]["prompt"], "completion": benchmark[1]["completion"]}),
+        ("contamination", {"prompt": "Who wrote it?", "completion": "Somebody else."}),
         ("excluded by pattern", {"prompt": "As an AI language model", "completion": "I cannot."}),
         ("too many characters", {"prompt": "long " * 500, "completion": "x"}),
         ("too short", {"prompt": "a", "completion": "b"}),
@@ -147,14 +148,14 @@ def test_every_row_that_is_left_out_says_why(tmp_path: Path) -> None:
     )
     facts = prepare(scratch_model(), data, seed=1, cache_dir=tmp_path / "cache")
     assert dropped(facts) == [(f"{train}:{41 + i}", reason) for i, (reason, _) in enumerate(bad)]
-    assert facts.dropped == dict.fromkeys(sorted(reason for reason, _ in bad), 1)
+    assert facts.dropped == dict(Counter(sorted(reason for reason, _ in bad)))
     assert (facts.train_documents, facts.eval_documents) == (40, 1)
     report = report_of(facts)
     training, evaluation = report.sources
-    assert (training.rows, training.used, sum(training.dropped.values())) == (49, 40, 9)
+    assert (training.rows, training.used, sum(training.dropped.values())) == (50, 40, 10)
     assert (evaluation.role, evaluation.rows, evaluation.used) == ("eval", 1, 1)
     found = report.duplicates
-    assert (found.exact, found.near, found.overlap_with_held_out, found.contaminated) == (1, 1, 1, 1)
+    assert (found.exact, found.near, found.overlap_with_held_out, found.contaminated) == (1, 1, 1, 2)
 
 
 def test_repeats_are_counted_where_they_are_kept_and_stop_where_they_may_not_be(tmp_path: Path) -> None:

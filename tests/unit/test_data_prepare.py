@@ -50,16 +50,9 @@ def data_plan(train: Path, test: Path | None = None, evaluation: Path | None = N
 
 
 def model_plan(vocab_size: int = 300, tokenizer: str | None = None, chat_template: str | None = None) -> ModelPlan:
-    return ModelPlan(
-        source="scratch",
-        path="/nowhere/base",
-        revision=None,
-        scratch={"model_type": "llama", "vocab_size": vocab_size},
-        tokenizer=tokenizer,
-        chat_template=chat_template,
-        template_kwargs={},
-        add_tokens=(),
-        trust_remote_code=False,
+    scratch = {"model_type": "llama", "vocab_size": vocab_size}
+    return plans.model_plan(
+        "/nowhere/base", source="scratch", scratch=scratch, tokenizer=tokenizer, chat_template=chat_template
     )
 
 

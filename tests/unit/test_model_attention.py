@@ -19,8 +19,8 @@ from launcher.data.loader import MicroBatch
 from launcher.errors import ModelError
 from launcher.model.attention import NAMES, document_borders, register, supports_packing
 from launcher.model.load import check_packing
-from launcher.plan.plan import ModelPlan
 from launcher.train.loss import SupervisedLoss
+from tests.plans import model_plan
 
 VOCABULARY = 101
 SIZES: dict[str, Any] = {
@@ -191,7 +191,7 @@ def losses_alone(model: Any, batch: MicroBatch) -> tuple[Tensor, int]:
 @pytest.mark.parametrize("family", REFUSED)
 def test_packing_is_refused_where_documents_would_see_each_other(family: str, tmp_path: Path) -> None:
     AutoConfig.for_model(family, **REFUSED[family]).save_pretrained(tmp_path)
-    plan = folder_plan(tmp_path)
+    plan = model_plan(tmp_path)
     with pytest.raises(ModelError, match=f"attention of {family} cannot be told their borders") as caught:
         check_packing(plan, packing=True)
     assert caught.value.hint == "set data.packing to false"
@@ -201,21 +201,7 @@ def test_packing_is_refused_where_documents_would_see_each_other(family: str, tm
 @pytest.mark.parametrize("family", PACKED)
 def test_packing_is_allowed_where_they_do_not(family: str, tmp_path: Path) -> None:
     AutoConfig.for_model(family, **PACKED[family]).save_pretrained(tmp_path)
-    check_packing(folder_plan(tmp_path), packing=True)
-
-
-def folder_plan(folder: Path) -> ModelPlan:
-    return ModelPlan(
-        source="folder",
-        path=str(folder),
-        revision=None,
-        scratch=None,
-        tokenizer=None,
-        chat_template=None,
-        template_kwargs={},
-        add_tokens=(),
-        trust_remote_code=False,
-    )
+    check_packing(model_plan(tmp_path), packing=True)
 
 
 @pytest.mark.parametrize("family", REFUSED)

@@ -9,22 +9,13 @@ import pytest
 from launcher.driver.base_model import model_settings, pinned
 from launcher.errors import ModelError
 from launcher.plan.plan import ModelPlan
+from tests.plans import model_plan
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def hub_model(path: str, revision: str | None = None) -> ModelPlan:
-    return ModelPlan(
-        source="hub",
-        path=path,
-        revision=revision,
-        scratch=None,
-        tokenizer=None,
-        chat_template=None,
-        template_kwargs={},
-        add_tokens=(),
-        trust_remote_code=False,
-    )
+    return model_plan(path, source="hub", revision=revision)
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ Scripts that leave no spaces between words count each character as one: 13 words
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from functools import lru_cache
 from unicodedata import normalize
 
@@ -13,7 +14,7 @@ import numpy as np
 import regex
 from numpy.typing import NDArray
 
-from launcher.data.conversation import Conversation
+from launcher.data.conversation import Conversation, Message
 
 _WITHOUT_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 _WORD = regex.compile(rf"[{_WITHOUT_SPACES}]|[[\p{{L}}\p{{M}}\p{{N}}]--[{_WITHOUT_SPACES}]]+", regex.V1)
@@ -25,9 +26,16 @@ _POWERS = np.array([pow(_STEP, exponent, 1 << 64) for exponent in range(16)], dt
 
 def exchange(conversation: Conversation) -> str:
     """What is asked and answered, without system prompts: one that all rows share would make all rows alike."""
-    if conversation.text is not None:
-        return conversation.text
-    turns = (message for message in conversation.messages if message.role not in ("system", "developer"))
+    return conversation.text if conversation.text is not None else _said(conversation.messages)
+
+
+def question(conversation: Conversation) -> str:
+    """What is said before the last answer, without system prompts."""
+    return conversation.text if conversation.text is not None else _said(conversation.messages[:-1])
+
+
+def _said(messages: Iterable[Message]) -> str:
+    turns = (message for message in messages if message.role not in ("system", "developer"))
     return "\n".join(part for turn in turns for part in (turn.reasoning, turn.content) if part)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from launcher.data.clean.words import exchange
+from launcher.data.clean.words import exchange, question
 from launcher.data.conversation import Conversation
 from launcher.data.formats import Format, check_source, detect, renamed, to_conversations
 from launcher.data.sources import Piece, read, read_all
@@ -64,7 +64,7 @@ def _told(source: SourcePlan, stop: bool) -> Format:
 
 
 def words_of(sources: Iterable[SourcePlan], data: DataPlan) -> Iterator[str]:
-    """What is asked and answered in every conversation of other sources, such as benchmarks.
+    """What is said in every conversation of other sources, such as benchmarks, then what is asked in it.
 
     A bad row is passed over, or raises DataError, as the recipe says.
     """
@@ -79,4 +79,5 @@ def words_of(sources: Iterable[SourcePlan], data: DataPlan) -> Iterator[str]:
                 if data.on_bad_row == "stop":
                     raise
                 continue
-            yield from map(exchange, found)
+            for conversation in found:
+                yield from (exchange(conversation), question(conversation))

@@ -19,7 +19,7 @@ import pyarrow as pa
 from launcher.data.clean.contamination import Contamination
 from launcher.data.clean.filters import Dropped, Filters
 from launcher.data.clean.near import NUM_VALUES, signatures
-from launcher.data.clean.words import exchange
+from launcher.data.clean.words import exchange, question
 from launcher.data.conversation import Conversation
 from launcher.data.prepare.rows import Rows
 from launcher.data.sources import Piece
@@ -67,7 +67,8 @@ class Scan:
         filters = self._of_training if training else self._of_held_out
         found = filters(row)
         if training and self._contamination is not None and isinstance(found, Conversation):
-            shared = self._contamination.shared(exchange(found))
+            # A question of a benchmark is one with any answer; a short one is found only where all of it is the same.
+            shared = self._contamination.shared(exchange(found)) or self._contamination.shared(question(found))
             found = Dropped(CONTAMINATED, f"shares with a benchmark: {shared}") if shared else found
         if isinstance(found, Dropped):
             return _left_out(row.where, found.reason, found.detail, row.words[:SHOWN_CHARACTERS])
