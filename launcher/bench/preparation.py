@@ -29,6 +29,7 @@ from launcher.errors import RunFailed
 from launcher.plan.plan import AugmentPlan, CleanPlan, DataFacts, DataPlan, HeldOutPlan, ModelPlan, SourcePlan
 from launcher.recipe.schema_data import Augment, Clean, Data, Source
 
+TITLES = {"slipway": "Slipway", "trl": "TRL, answers learned", "trl-unmasked": "TRL, everything learned"}
 VOCABULARY = 32_000
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -104,7 +105,14 @@ def slipway(data: Path, tokenizer: Path, max_length: int, processes: int, scratc
     }
 
 
-def trl(data: Path, tokenizer: Path, max_length: int, processes: int, scratch: Path) -> dict[str, Any]:
+def trl_unmasked(data: Path, tokenizer: Path, max_length: int, processes: int, scratch: Path) -> dict[str, Any]:
+    """The same as whole conversations, of which every token is learned: the prompts too."""
+    return trl(data, tokenizer, max_length, processes, scratch, masked=False)
+
+
+def trl(
+    data: Path, tokenizer: Path, max_length: int, processes: int, scratch: Path, masked: bool = True
+) -> dict[str, Any]:
     """One preparation by SFTTrainer: prompt and completion as messages, loss on the completion, best-fit packing."""
     import datasets
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -118,6 +126,8 @@ def trl(data: Path, tokenizer: Path, max_length: int, processes: int, scratch: P
         }
         for row in rows
     ]
+    if not masked:
+        rows = [{"messages": row["prompt"] + row["completion"]} for row in rows]
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     clock: dict[str, Any] = {}
 
@@ -139,17 +149,17 @@ def trl(data: Path, tokenizer: Path, max_length: int, processes: int, scratch: P
             packing=True,
             max_length=max_length,
             dataset_num_proc=processes,
-            completion_only_loss=True,
+            completion_only_loss=masked,
             report_to="none",
         ),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=loaded,
     )
     packed = trainer.train_dataset
-    masks = packed["completion_mask"] if "completion_mask" in packed.column_names else packed["labels"]
+    num_tokens = sum(map(len, packed["input_ids"]))
     return clock | {
-        "tokens": sum(map(len, packed["input_ids"])),
-        "supervised": sum(sum(1 for value in row if value not in (0, -100)) for row in masks),
+        "tokens": num_tokens,
+        "supervised": sum(map(sum, packed["completion_mask"])) if masked else num_tokens,
         "packs": len(packed),
         "documents": len(rows),
     }
@@ -182,33 +192,37 @@ def measured(kind: str, arguments: Sequence[str], scratch: Path) -> dict[str, An
     return found
 
 
+def rate(run: dict[str, Any]) -> float:
+    """Tokens a second."""
+    return float(run["tokens"] / run["seconds"])
+
+
 def page(found: dict[str, Any]) -> str:
     """The Markdown page of a comparison."""
-    where, first = found["machine"], found["results"][0]["ours"][0]
+    where, first = found["machine"], found["results"][0]["slipway"][0]
     versions = ", ".join(f"{name} {version}" for name, version in where["packages"].items())
     lines = [
         "| processes | contender | tokens/s, median (least to most) | ours over it | packs | padding | supervised |",
         "|---|---|---|---|---|---|---|",
     ]
     for result in found["results"]:
-        ratios = [
-            (mine["tokens"] / mine["seconds"]) / (its["tokens"] / its["seconds"])
-            for mine, its in zip(result["ours"], result["trl"], strict=True)
-        ]
-        for title, runs in (("Slipway", result["ours"]), ("TRL", result["trl"])):
+        ours = result["slipway"]
+        for kind, title in TITLES.items():
+            runs = result[kind]
             last = runs[-1]
+            ratios = [rate(mine) / rate(its) for mine, its in zip(ours, runs, strict=True)]
             cells = [
                 str(result["processes"]),
                 title,
-                spread([run["tokens"] / run["seconds"] for run in runs], ",.0f"),
-                spread(ratios, ".2f") if title == "TRL" else "",
+                spread([rate(run) for run in runs], ",.0f"),
+                spread(ratios, ".2f") if runs is not ours else "",
                 f"{last['packs']}",
                 f"{1 - last['tokens'] / (last['packs'] * found['max_length']):.2%}",
                 f"{last['supervised']:,}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
     rows = "\n".join(lines)
-    cached = [run["cached_seconds"] for result in found["results"] for run in result["ours"]]
+    cached = [run["cached_seconds"] for result in found["results"] for run in result["slipway"]]
     bound = -(-first["tokens"] // found["max_length"])
     return f"""# Preparing data beside TRL
 
@@ -225,8 +239,9 @@ in turns, each in a process of its own with an empty cache. "Ours over it" is ta
 
 - Timed: the preparation alone, imports and the loading of the tokenizer aside. Ours includes reading the file, looking
   for duplicates and the report. TRL's begins with the rows in memory, as `Dataset.from_list` made them.
-- TRL learns from prompt and completion with `completion_only_loss`, the only mask it has for this template, which has
-  no `generation` marks; ours from the same template as it is.
+- TRL with answers learned: prompt and completion with `completion_only_loss`, its only mask for a template without
+  `generation` marks. It learns one token more of each document: the line break behind the end of turn.
+- TRL with everything learned: conversations, the prompts learned as well.
 - Found in the cache again: {statistics.median(cached):.3f} s.
 """
 
@@ -238,12 +253,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", default="1,2", help="how many, in turn")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="folder for the page and its raw numbers")
-    parser.add_argument("--contender", choices=["slipway", "trl"], help=argparse.SUPPRESS)
+    parser.add_argument("--contender", choices=[*TITLES], help=argparse.SUPPRESS)
     parser.add_argument("--tokenizer", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.contender:
-        contender = {"slipway": slipway, "trl": trl}[chosen.contender]
+        contender = {"slipway": slipway, "trl": trl, "trl-unmasked": trl_unmasked}[chosen.contender]
         result = contender(
             chosen.data.resolve(), chosen.tokenizer, chosen.max_length, int(chosen.processes), chosen.scratch
         )
@@ -262,14 +277,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         make_tokenizer(chosen.data, tokenizer)
         for processes in chosen.processes.split(","):
             common = ["--data", str(chosen.data), "--tokenizer", str(tokenizer), "--max-length", str(chosen.max_length)]
-            compared: dict[str, Any] = {"processes": int(processes), "ours": [], "trl": []}
+            compared: dict[str, Any] = {"processes": int(processes)} | {kind: [] for kind in TITLES}
             for number in range(chosen.rounds):
-                turn = (("ours", "slipway"), ("trl", "trl"))
-                for name, kind in turn if number % 2 else reversed(turn):
+                turn = [*TITLES][number % len(TITLES) :] + [*TITLES][: number % len(TITLES)]
+                for kind in turn:
                     run = measured(kind, [*common, "--processes", processes], Path(scratch))
-                    compared[name].append(run)
-                    rate = run["tokens"] / run["seconds"]
-                    sys.stderr.write(f"{processes} processes, {kind}: {rate:,.0f} tokens/s\n")
+                    compared[kind].append(run)
+                    sys.stderr.write(f"{processes} processes, {kind}: {rate(run):,.0f} tokens/s\n")
             found["results"].append(compared)
     if chosen.out:
         chosen.out.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,9 @@ NOTES = {
     "language_undecided": "rows kept whose language could not be told",
     "mended": "rows whose encoding was mended",
     "split": "conversations split at data.max_length",
+    "system_turns_dropped": "system prompts left out",
+    "system_turns_merged": "system prompts put before the first question",
+    "thoughts_left_out": "learned answers whose thoughts the chat template does not write",
     "truncated": "conversations cut at data.max_length",
     "unrolled": "conversations that became several documents",
 }
@@ -194,7 +197,7 @@ def short(text: str, most: int = 100) -> str:
 
 
 def _notes(report: Report) -> Table | None:
-    rows = tuple((NOTES.get(name, name.replace("_", " ")), f"{count:,}") for name, count in report.notes.items())
+    rows = tuple((NOTES.get(name, name), f"{count:,}") for name, count in report.notes.items())
     return Table("changed or seen", ("", "times"), rows, "lr") if rows else None
 
 

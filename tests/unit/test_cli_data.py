@@ -150,7 +150,7 @@ def measured(facts: DataFacts) -> Report:
         ),
         duplicates=Duplicates(exact=31),
         labels={"négative <b>": LabelReport(rows=3, copies=6, weight=1.5)},
-        notes={"end_markers_removed": 4321, "a_new_note": 17},
+        notes={"end_markers_removed": 4321, "a new_note": 17},
         seconds={"read": 0.5, "tokenize": 1.5},
         workers=2,
     ).model_copy(update={"dropped": facts.dropped})
@@ -256,7 +256,7 @@ def test_the_statistics_are_the_report(facts: DataFacts, capsys: pytest.CaptureF
     assert re.search(r"^too long +1  rows.jsonl:65: \d+ tokens", out, re.MULTILINE)
     assert re.search(r"^négative <b> +3 +100.0% +6 +1.5$", out, re.MULTILINE)
     assert re.search(r"^answers from whose end a spelled-out end of text was taken +4,321$", out, re.MULTILINE)
-    assert re.search(r"^a new note +17$", out, re.MULTILINE)
+    assert re.search(r"^a new_note +17$", out, re.MULTILINE)
     for finding in findings(report):
         assert f"\n- {finding}\n" in out
     assert "prepared in 2.0s by 2 processes (read 0.5s, tokenize 1.5s)" in out
