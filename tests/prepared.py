@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from launcher.data.masks.encoder import Document
-from launcher.data.store import DOCUMENT_SCHEMA, Set, as_lists, write_lists
+from launcher.data.store import DOCUMENT_SCHEMA, Set, as_lists, write_classes, write_lists
 
 
 def write_prepared(
@@ -32,7 +32,7 @@ def write_prepared(
                     "supervised": as_lists([d.supervised for d in some]),
                     "num_targets": [d.num_targets for d in some],
                     "num_turns": [1] * len(some),
-                    "weight": [1.0 if weights is None else weights[start + i] for i in range(len(some))],
+                    "label": [start + i if weights and kind is Set.TRAIN else -1 for i in range(len(some))],
                     "set": [int(kind)] * len(some),
                     "copies": [1] * len(some),
                     "where": [f"{name}.jsonl:{start + i + 1}" for i in range(len(some))],
@@ -42,6 +42,7 @@ def write_prepared(
             with pa.ipc.new_file(str(folder / "documents" / f"{count:05d}.arrow"), DOCUMENT_SCHEMA) as writer:
                 writer.write_table(table, max_chunksize=max(1, per_file // 2))
             count += 1
+    write_classes(folder, [str(i) for i in range(len(weights or ()))], weights or ())
     rows = [[i] for i in range(len(train))] if packs is None else packs
     write_lists(folder / "packs.arrow", [np.array(pack, dtype=np.int32) for pack in rows])
     numbers = np.arange(len(train), len(train) + len(held_out), dtype=np.int32)

@@ -156,10 +156,9 @@ def trl(
         processing_class=loaded,
     )
     packed = trainer.train_dataset
-    num_tokens = sum(map(len, packed["input_ids"]))
     return clock | {
-        "tokens": num_tokens,
-        "supervised": sum(map(sum, packed["completion_mask"])) if masked else num_tokens,
+        "tokens": sum(map(len, packed["input_ids"])),
+        "supervised": sum(label != -100 for row in packed["labels"] for label in row),
         "packs": len(packed),
         "documents": len(rows),
     }

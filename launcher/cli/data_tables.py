@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 SET_NAMES = {"train": "training", "eval": "held out", "test": "test"}
 NOTES = {
     "augmented": "documents varied by data.augment",
+    "benchmark_rows_passed_over": "rows of benchmarks that could not be read, and so are not looked for",
     "control_tokens_as_text": "spelled-out control tokens taken as text",
     "control_tokens_stripped": "spelled-out control tokens taken out",
     "end_markers_removed": "answers from whose end a spelled-out end of text was taken",
     "language_undecided": "rows kept whose language could not be told",
     "mended": "rows whose encoding was mended",
+    "partly_left_out": "rows of which some documents are left out, and some stay",
+    "pieces_without_answer": "pieces of split conversations with nothing to learn, left out",
     "split": "conversations split at data.max_length",
     "system_turns_dropped": "system prompts left out",
     "system_turns_merged": "system prompts put before the first question",

@@ -7,6 +7,10 @@ import json
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+END_MARKER = "<|endoftext|>"
+"""Files made for GPT-3's fine-tuning end every completion with it, whatever the tokenizer at hand calls its own."""
+SYSTEM_ROLES = ("system", "developer")
+
 
 class ToolCall(NamedTuple):
     """A function that the assistant calls."""
@@ -64,12 +68,35 @@ class Conversation:
         said = (part for message in self.messages for part in (message.reasoning, message.content) if part)
         return "\n".join(said)
 
-    def digest(self, without_answer: bool = False) -> bytes:
-        """16 bytes that equal words have in common, wherever they stand; `without_answer`: of what is asked."""
+    def digest(self, marks: bool = False, system: bool = True) -> bytes:
+        """16 bytes that rows with the same words have in common, whatever an end-of-text marker adds to them.
+
+        `marks`: rows that are learned otherwise differ too. `system`: rows with other system prompts do.
+        """
         if self.text is not None:
-            said: Any = self.text
-        else:
-            messages = self.messages[:-1] if without_answer else self.messages
-            said = [self.tools, [message[:6] for message in messages]]
-        words = json.dumps(said, ensure_ascii=True, separators=(",", ":"), sort_keys=True)
-        return hashlib.sha256(words.encode()).digest()[:16]
+            return _hash(_bare(self.text))
+        turns = [message for message in self.messages if system or message.role not in SYSTEM_ROLES]
+        fields = 7 if marks else 6
+        return _hash([self.tools, [_unmarked(message)[:fields] for message in turns]])
+
+    def asked(self) -> bytes:
+        """16 bytes that rows with the same question have in common: what is said before the last answer, however it is
+        spaced, and whatever system prompt and tools stand before it."""
+        turns = [message for message in self.messages[:-1] if message.role not in SYSTEM_ROLES]
+        if self.text is not None or not any(message.role in ("user", "tool") for message in turns):
+            return self.digest()  # rows that only begin alike ask nothing
+        return _hash([[message.role, " ".join(_unmarked(message).content.split())] for message in turns])
+
+
+def _unmarked(message: Message) -> Message:
+    return message._replace(content=_bare(message.content)) if message.role == "assistant" else message
+
+
+def _bare(text: str) -> str:
+    """Without white space at the end, and an end-of-text marker before it."""
+    return text.rstrip().removesuffix(END_MARKER).rstrip()
+
+
+def _hash(said: Any) -> bytes:
+    words = json.dumps(said, ensure_ascii=True, separators=(",", ":"), sort_keys=True)
+    return hashlib.sha256(words.encode()).digest()[:16]

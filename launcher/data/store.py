@@ -1,10 +1,12 @@
 """Prepared documents and packs on disk: Arrow IPC files that are mapped into memory, so that opening one reads nothing.
 
 documents/00000.arrow ...  input_ids list<int32> | supervised list<uint8> | num_targets int32 | num_turns int32
-                           | weight float32 | set int8 | copies int32 | where string
+                           | label int32 | set int8 | copies int32 | where string
                            one file a piece of a source, in the order of the sources
 packs.arrow                rows list<int32>: the numbers of the documents in each row of the global batch's unit
 eval.arrow                 rows list<int32>: the numbers of the held-out documents, in one list
+
+classes.json               {names, weights}: of each class number, what a supervised token of it counts in the loss
 
 A document's number counts all documents of all files in order.
 """
@@ -12,8 +14,10 @@ A document's number counts all documents of all files in order.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,7 @@ DOCUMENT_SCHEMA = pa.schema(
         ("supervised", pa.list_(pa.uint8())),
         ("num_targets", pa.int32()),
         ("num_turns", pa.int32()),
-        ("weight", pa.float32()),
+        ("label", pa.int32()),
         ("set", pa.int8()),
         ("copies", pa.int32()),
         ("where", pa.string()),
@@ -49,6 +53,7 @@ class Documents:
     """Documents of a prepared folder by number, mapped: a row costs the pages it lies on."""
 
     def __init__(self, folder: Path | str) -> None:
+        self._folder = Path(folder)
         files = sorted((Path(folder) / "documents").glob("*.arrow"))
         table = pa.concat_tables([_mapped(file) for file in files]) if files else DOCUMENT_SCHEMA.empty_table()
         self._ids, self._masks = Lists(table["input_ids"]), Lists(table["supervised"])
@@ -59,12 +64,17 @@ class Documents:
         """[D] supervised tokens of each that can be predicted."""
         self.num_turns: NDArray[np.int32] = _numbers(table, "num_turns")
         """[D] supervised assistant turns of each."""
-        self.weights: NDArray[np.float32] = _numbers(table, "weight")
-        """[D] what a supervised token of each counts in the loss."""
+        self.labels: NDArray[np.int32] = _numbers(table, "label")
+        """[D] class number of each, -1 for none."""
         self.sets: NDArray[np.int8] = _numbers(table, "set")
         """[D] `Set` of each."""
         self.copies: NDArray[np.int32] = _numbers(table, "copies")
         """[D] how often each comes in an epoch."""
+
+    @cached_property
+    def weights(self) -> NDArray[np.float32]:
+        """[D] what a supervised token of each counts in the loss."""
+        return read_weights(self._folder)[self.labels]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -111,6 +121,18 @@ class Lists:
         return np.concatenate(found)
 
 
+def write_classes(folder: Path, names: Sequence[str], weights: Sequence[float]) -> None:
+    """Write classes.json."""
+    text = json.dumps({"names": list(names), "weights": list(weights)}, ensure_ascii=False)
+    (folder / "classes.json").write_text(text + "\n", encoding="utf-8")
+
+
+def read_weights(folder: Path) -> NDArray[np.float32]:
+    """[classes + 1] weight of each class number; the last, which is that of -1, is 1."""
+    found = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
+    return np.array([*found["weights"], 1.0], dtype=np.float32)
+
+
 def write_lists(path: Path, rows: Sequence[NDArray[np.integer]]) -> None:
     """Write packs.arrow or eval.arrow: lists of document numbers."""
     with pa.ipc.new_file(str(path), _LISTS_SCHEMA) as writer:
@@ -133,7 +155,7 @@ def as_lists(rows: Iterable[NDArray[Any]]) -> pa.ListArray:
 
 
 def digest(table: pa.Table) -> str:
-    """SHA-256 of all lengths, tokens, masks, weights and copies of a file's documents, in order."""
+    """SHA-256 of all lengths, tokens, masks, classes and copies of a file's documents, in order."""
     found = hashlib.sha256()
     for batch in table.to_batches():
         for name in ("input_ids", "supervised"):
@@ -141,7 +163,7 @@ def digest(table: pa.Table) -> str:
             lengths = np.diff(column.offsets.to_numpy()).astype("<i8")
             found.update(lengths.tobytes())
             found.update(np.ascontiguousarray(column.flatten().to_numpy()).data)
-        for name in ("weight", "set", "copies"):
+        for name in ("label", "set", "copies"):
             found.update(batch.column(name).to_numpy().tobytes())
     return found.hexdigest()
 

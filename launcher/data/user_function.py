@@ -7,6 +7,7 @@ import random
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from copy import deepcopy
 from difflib import get_close_matches
 from importlib.machinery import SourceFileLoader
@@ -47,7 +48,8 @@ class UserFunction:
         """
         self._function = self._function or self._load()
         try:
-            made = self._function(_as_dicts(messages), rng)
+            with redirect_stdout(sys.stderr):  # results of ours are on stdout
+                made = self._function(_as_dicts(messages), rng)
         except (Exception, SystemExit) as error:
             raise DataError(
                 f"{where}: {self.name} of {self._line(error)} raised {_said(error)}",
@@ -72,7 +74,8 @@ class UserFunction:
         assert spec is not None, "there is a spec wherever a loader is given"
         module = sys.modules[title] = module_from_spec(spec)
         try:
-            exec(compile(self._code, self.file, "exec"), module.__dict__)
+            with redirect_stdout(sys.stderr):
+                exec(compile(self._code, self.file, "exec"), module.__dict__)
         except (Exception, SystemExit) as error:
             raise DataError(
                 f"{self._line(error)}: cannot be loaded: {_said(error)}", hint="run the file with python to see why"

@@ -109,6 +109,10 @@ def _classes(data: Data) -> Iterator[Conflict]:
             yield Conflict(("data.balance", "data.label"), "needs data.label", hint)
     for key, source in _sources(data):
         twice = next((label for i, label in enumerate(source.labels) if label in source.labels[:i]), None)
+        number = next((label for i, label in enumerate(source.labels) if label.isdigit() and label != str(i)), None)
+        if number is not None:
+            hint = "write the words for 0, 1, 2, ...: `[one star, two stars]`"
+            yield Conflict((f"{key}.labels",), f"'{number}' is a word that reads as the number of another", hint)
         if twice is not None:
             yield Conflict((f"{key}.labels",), f"'{twice}' is given twice", "one word for each number, from 0")
 

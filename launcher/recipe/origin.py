@@ -45,4 +45,11 @@ def candidates(value: str, origin: Origin) -> tuple[Path, ...]:
 
 def resolve_path(value: str, origin: Origin) -> Path | None:
     """The first of `candidates` that exists, absolute and without `..`; None where none does."""
-    return next((path.resolve() for path in candidates(value, origin) if path.exists()), None)
+    return next((path.resolve() for path in candidates(value, origin) if _exists(path)), None)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a text too long for a name, such as a template given in the place of its file
+        return False

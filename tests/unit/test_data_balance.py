@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from launcher.data.conversation import Conversation, Message
-from launcher.data.prepare.balance import balance, class_sizes, independent_draws, source_copies
+from launcher.data.prepare.balance import balance, independent_draws, source_copies
 from launcher.data.prepare.split import as_digests, split
 from launcher.errors import DataError
 from tests.plans import held_out
@@ -22,7 +22,6 @@ def many(number: int) -> np.ndarray:
 DIGESTS = many(1000)
 LABELS = np.random.default_rng(0).permutation(np.repeat([0, 1, 3], [700, 260, 40])).astype(np.int32)
 ONCE = np.ones(1000, dtype=np.int32)
-NAMES = ["negative", "positive", "unused", "neutral"]
 
 
 def of(label: int) -> np.ndarray:
@@ -30,7 +29,7 @@ def of(label: int) -> np.ndarray:
 
 
 def sizes(amounts: np.ndarray) -> list[float]:
-    return list(class_sizes(NAMES, LABELS, amounts).values())
+    return np.bincount(LABELS, weights=amounts).tolist()
 
 
 def test_none_changes_nothing() -> None:
@@ -148,15 +147,3 @@ def test_half_of_what_is_not_held_out_is_half_of_it() -> None:
     trained = split(digests, held_out(0.2), held_out(0.2)) == 0
     copies = source_copies(np.full(20_000, 0.5), digests)[trained]
     assert abs(copies.mean() - 0.5) < 4 * (0.25 / len(copies)) ** 0.5
-
-
-def test_the_report_before_and_after() -> None:
-    copies, weights = balance("weights", LABELS, ONCE, DIGESTS)
-    assert class_sizes(NAMES, LABELS, copies) == {"negative": 700, "positive": 260, "unused": 0, "neutral": 40}
-    after = class_sizes(NAMES, LABELS, copies * weights)
-    assert {name: round(amount, 3) for name, amount in after.items()} == {
-        "negative": 333.333,
-        "positive": 333.333,
-        "unused": 0,
-        "neutral": 333.333,
-    }

@@ -328,3 +328,117 @@ def test_data_that_changes_meanwhile_is_not_kept_under_the_key_of_what_it_was(tm
     with pytest.raises(DataError, match="changed while it was being prepared"):
         prepare(scratch_model(), data_plan(source_plan(train)), seed=1, cache_dir=tmp_path / "cache", progress=append)
     assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []
+
+
+def prepared(tmp_path: Path, *content: list[dict[str, Any]], **changes: Any) -> DataFacts:
+    """Facts of training rows, and held-out ones where there are more."""
+    train, *others = [write(tmp_path / f"{i}.jsonl", found) for i, found in enumerate(content)]
+    if others:
+        changes["eval"] = held_out(sources=tuple(map(source_plan, others)))
+    return prepare(scratch_model(), data_plan(source_plan(train), **changes), seed=1, cache_dir=tmp_path / "cache")
+
+
+def chat(*turns: str, **marks: Any) -> dict[str, Any]:
+    roles = {"s": "system", "u": "user", "a": "assistant"}
+    return {"messages": [{"role": roles[turn[0]], "content": turn[1:]} | marks.get(turn[1:], {}) for turn in turns]}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        chat("sYou are kind.", "uWhat is up?", "aThe sky."),
+        chat("uWhat is  up? ", "aNothing."),
+        chat("uWhat is up?", "aThe sky.<|endoftext|>"),
+    ],
+)
+def test_a_held_out_question_is_found_behind_what_does_not_change_it(tmp_path: Path, asked: dict[str, Any]) -> None:
+    facts = prepared(tmp_path, [asked, chat("uWho?", "aMe.")], [chat("uWhat is up?", "aThe sky.")])
+    assert facts.dropped == {"asks what a held-out row asks": 1}
+
+
+def test_rows_that_become_the_same_are_split_and_dropped_as_the_same(tmp_path: Path) -> None:
+    questions = [" ".join(row["prompt"].split()) for row in rows(60)]
+    twice = [chat(f"s{system}", f"u{q}", "aYes.") for q in questions for system in ("You are kind.", "Be brief.")]
+    facts = prepared(tmp_path, twice, system_turns="drop")
+    assert (facts.train_documents, facts.dropped) == (60, {"duplicate": 60})
+    # Kept apart by their prompts, they are still never asked on both sides.
+    train = source_plan(tmp_path / "0.jsonl")
+    kept = data_plan(train, eval=held_out(0.2))
+    facts = prepare(scratch_model(), kept, seed=1, cache_dir=tmp_path / "kept")
+    documents = Documents(facts.folder)
+    lines = [json.loads(line) for line in Path(train.path).read_text().splitlines()]
+    said = {f"{train.path}:{i + 1}": line["messages"][1]["content"] for i, line in enumerate(lines)}
+    sides = [
+        {said[documents.where(i)] for i in np.flatnonzero(documents.sets == kind).tolist()}
+        for kind in (Set.TRAIN, Set.EVAL)
+    ]
+    assert sides[1]
+    assert not sides[0] & sides[1]
+
+
+def test_rows_that_differ_in_their_marks_are_no_duplicates(tmp_path: Path) -> None:
+    first = chat("uOne?", "a1.", "uTwo?", "a2.", **{"1.": {"train": True}})
+    second = chat("uOne?", "a1.", "uTwo?", "a2.", **{"2.": {"train": True}})
+    facts = prepared(tmp_path, [first, second], supervise="marked")
+    assert (facts.train_documents, facts.dropped) == (2, {})
+
+
+def test_weights_are_those_of_the_documents_that_there_are(tmp_path: Path) -> None:
+    reviewed = reviews({"good": 40, "bad": 40})
+    for row in reviewed[50:]:
+        row["text"] = " ".join([row["text"]] * 20)
+    facts = prepared(tmp_path, reviewed, balance="weights", max_length=300)
+    assert facts.dropped == {"too long": 30}
+    documents = Documents(facts.folder)
+    totals = np.bincount(documents.labels, weights=documents.weights)
+    assert totals.tolist() == pytest.approx([25, 25])
+    labels = report_of(facts).labels
+    assert {name: (label.rows, label.copies) for name, label in labels.items()} == {"good": (40, 40), "bad": (40, 10)}
+
+
+def test_a_row_of_which_a_part_stays_is_used(tmp_path: Path) -> None:
+    function = tmp_path / "mine.py"
+    function.write_text("def half(messages, random):\n    return messages if random.random() < 0.5 else None\n")
+    train = write(tmp_path / "train.jsonl", rows(40))
+    augment = augment_plan(function_file=str(function), function_name="half")
+    data = data_plan(source_plan(train, weight=3.0), augment=augment)
+    facts = prepare(scratch_model(), data, seed=1, cache_dir=tmp_path / "cache")
+    documents = Documents(facts.folder)
+    learned = {documents.where(number) for number in range(len(documents))}
+    report = report_of(facts)
+    assert report.sources[0].used == len(learned)
+    assert sum(facts.dropped.values()) == 40 - len(learned) > 0
+    assert report.notes["partly_left_out"] + 40 - len(learned) == len(dropped(facts)) == len(set(dropped(facts)))
+
+
+def test_a_benchmark_without_answers_is_looked_for_too(tmp_path: Path) -> None:
+    asked = [row["prompt"] + " and more words to make it thirteen" for row in rows(5)]
+    benchmark = write(tmp_path / "benchmark.jsonl", [{"prompt": q, "completion": None} for q in asked])
+    learned = [*rows(10, seed=8), *({"prompt": q, "completion": "Yes."} for q in asked)]
+    clean = clean_plan(contamination=(source_plan(benchmark, format="prompt_completion"),))
+    facts = prepared(tmp_path, learned, clean=clean, on_bad_row="drop")
+    assert facts.dropped == {"contamination": 5}
+
+
+def test_only_near_copies_of_held_out_rows(tmp_path: Path) -> None:
+    one = rows(1)[0]
+    near = [one | {"completion": one["completion"] + " end"}]
+    with pytest.raises(DataError, match="no training row is left; dropped: 1 asks what a held-out row asks"):
+        prepared(tmp_path, near, [one], clean=clean_plan(near_duplicates=0.5))
+    other = [one | {"prompt": one["prompt"] + "!"}]
+    with pytest.raises(DataError, match="no training row is left; dropped: 1 near duplicate"):
+        prepared(tmp_path, other, [one], clean=clean_plan(near_duplicates=0.5))
+
+
+def test_prepared_data_whose_facts_are_damaged_is_prepared_again(tmp_path: Path) -> None:
+    facts = prepared(tmp_path, rows(20))
+    (Path(facts.folder) / "facts.json").write_text("")
+    assert prepared(tmp_path, rows(20)) == facts
+
+
+def test_test_questions_longer_than_a_row_are_listed(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.jsonl", rows(20))
+    asked = write(tmp_path / "test.jsonl", [{"prompt": "why " * 300, "completion": "So."}, *rows(2, seed=4)])
+    data = data_plan(source_plan(train), test=held_out(sources=(source_plan(asked),)), max_length=256)
+    facts = prepare(scratch_model(), data, seed=1, cache_dir=tmp_path / "cache")
+    assert (facts.test_documents, dropped(facts)) == (2, [(f"{asked}:1", "too long")])

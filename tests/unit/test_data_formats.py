@@ -297,6 +297,16 @@ def test_columns_are_named_by_the_recipe() -> None:
         check_source(source_plan("rows.jsonl", system="a"), "text")
 
 
+def test_a_group_is_the_same_from_files_that_write_numbers_otherwise() -> None:
+    found = [
+        to_conversations(
+            {"question": "a", "answer": "b", "doc": doc}, "question_answer", source_plan("x"), WHERE, None, "doc"
+        )
+        for doc in (4, 4.0, "4")
+    ]
+    assert [one.group for (one,) in found] == ["4", "4", "4"]
+
+
 def test_labels_and_groups_come_from_named_columns() -> None:
     row = {"question": "2+2?", "answer": "4", "level": 3, "topic": "sums", "hard": False}
     plan = source_plan("rows.jsonl", columns={"subject": "topic"})

@@ -221,6 +221,11 @@ ALPACA = "model: {path: gpt2}\ndata:\n  train: [{path: a.jsonl, format: alpaca}]
             "model.add_tokens.1: '<|a|>' is given twice\n  hint: name each token once",
         ),
         (
+            "model: {path: gpt2}\ndata:\n\n  train: [{path: a, format: classification, labels: ['1', '2']}]",
+            "data.train.0.labels: '1' is a word that reads as the number of another\n"
+            "  hint: write the words for 0, 1, 2, ...: `[one star, two stars]`",
+        ),
+        (
             DATA + "  clean: {include: '(a'}",
             "data.clean.include: '(a' is no regular expression: missing ), unterminated subpattern at position 0\n"
             "  hint: write it in Python's syntax; in YAML, between single quotes",

@@ -104,7 +104,8 @@ def scalar(value: Any, column: str, where: str) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
-        return str(value)
+        # A column of numbers with a gap in it comes as floats from some files and not from others.
+        return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     return text(value, repr(column), where)
 
 

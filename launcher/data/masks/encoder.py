@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.data.conversation import Conversation, Message, ToolCall
+from launcher.data.conversation import END_MARKER, Conversation, Message, ToolCall
 from launcher.data.masks.chat_template import ChatTemplate, Shown
 from launcher.data.masks.sheet import Sheet
 from launcher.data.masks.turns import Row, Turn, Turns
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Supervise = Literal["all", "last", "marked"]
-
-END_MARKER = "<|endoftext|>"
-"""Files made for GPT-3's fine-tuning end every completion with it, whatever the tokenizer at hand calls its own."""
 
 _ROWS_AT_ONCE = 1000
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from launcher.data.pack import best_fit
 from launcher.data.prepare import report as reports
-from launcher.data.prepare.balance import class_sizes
+from launcher.data.prepare.balance import Balance, balance
 from launcher.data.prepare.decide import DUPLICATE, NEAR_DUPLICATE, Decisions
 from launcher.data.prepare.encode import TOO_LONG
 from launcher.data.prepare.rows import Rows
 from launcher.data.prepare.staging import Staging
-from launcher.data.store import Documents, Set, read_lists, write_lists
+from launcher.data.store import Documents, Set, read_lists, read_weights, write_classes, write_lists
 from launcher.errors import DataError
 from launcher.plan.plan import DataFacts, HeldOutPlan
 
@@ -50,6 +50,7 @@ class Assembly:
         lengths = self._documents.lengths[train]
         packs = [train[p] for p in best_fit(lengths, self._data.max_length)] if packing else list(train[:, None])
         write_lists(self._folder / "packs.arrow", packs)
+        write_classes(self._folder, self._decisions.classes, self._class_weights())
         write_lists(self._folder / "eval.arrow", [self._held_out] if len(self._held_out) else [])
         with (self._folder / "test.jsonl").open("w", encoding="utf-8") as stream:
             for part in self._parts:
@@ -64,6 +65,7 @@ class Assembly:
         documents, train, held_out = self._documents, self._train, self._held_out
         packs = read_lists(self._folder / "packs.arrow")
         content = hashlib.sha256(" ".join(part["digest"] for part in self._parts).encode())
+        content.update(read_weights(self._folder).tobytes())
         for index in range(len(packs)):
             content.update(np.array([len(packs[index]), *packs[index]], dtype="<i4").tobytes())
         return DataFacts(
@@ -76,13 +78,15 @@ class Assembly:
             eval_documents=len(held_out),
             eval_supervised_tokens=int(documents.num_targets[held_out].sum()),
             test_documents=sum(len(part["tests"]) for part in self._parts),
-            dropped=dict(sorted(Counter(line["reason"] for line in self._dropped).items())),
+            dropped=dict(sorted(Counter(line["reason"] for line in self._left_out(range(len(self._parts)))).items())),
             vocab_size=vocab_size,
             formats={s.path: format for s, format in zip(self._data.sources, self._rows.formats, strict=True)},
         )
 
-    def report(self, target: Path, seconds: Mapping[str, float], workers: int) -> reports.Report:
-        """Everything that was counted."""
+    def report(
+        self, target: Path, seconds: Mapping[str, float], workers: int, notes: Mapping[str, int]
+    ) -> reports.Report:
+        """Everything that was counted, with `notes` beside those of the pieces."""
         data, documents, train, held_out = self._data, self._documents, self._train, self._held_out
         packs = read_lists(self._folder / "packs.arrow")
         prompts = np.array([len(test["prompt_ids"]) for part in self._parts for test in part["tests"]], dtype=np.int64)
@@ -108,10 +112,25 @@ class Assembly:
             else None,
             duplicates=reports.Duplicates(**self._decisions.repeats),
             labels=self._label_reports(),
-            notes=self._notes(),
+            notes=self._notes() + Counter(notes),
             seconds=seconds,
             workers=workers,
         )
+
+    @property
+    def _classes(self) -> NDArray[np.int32]:
+        """[documents in an epoch] class numbers."""
+        return self._documents.labels[self._train]
+
+    def _class_weights(self) -> list[float]:
+        """What a supervised token of each class counts, by the documents that there are: some rows were too long."""
+        ones = np.ones(len(self._train), dtype=np.int32)
+        nothing = np.zeros((len(self._train), 2), dtype=np.uint64)
+        how: Balance = "weights" if self._data.balance == "weights" else "none"
+        _, weights = balance(how, self._classes, ones, nothing)
+        found = np.ones(len(self._decisions.classes))
+        found[self._classes[self._classes >= 0]] = weights[self._classes >= 0]
+        return [round(float(weight), 6) for weight in found]
 
     @cached_property
     def _dropped(self) -> list[dict[str, Any]]:
@@ -129,6 +148,11 @@ class Assembly:
             lines += [{"piece": number} | line for line in sorted(found, key=lambda line: int(line["row"]))]
         return lines
 
+    def _left_out(self, pieces: Iterable[int]) -> list[dict[str, Any]]:
+        """The lines of these pieces whose rows are left out as a whole."""
+        numbers = set(pieces)
+        return [line for line in self._dropped if line["piece"] in numbers and not line.get("partly")]
+
     def _source_reports(self) -> list[reports.SourceReport]:
         data, found = self._data, []
         sizes = np.diff(self._decisions.starts)
@@ -136,7 +160,7 @@ class Assembly:
             held_out = index - len(data.train)
             role = "train" if held_out < 0 else "eval" if held_out < len(data.eval.sources) else "test"
             mine = {number for number, of in enumerate(self._sources) if of == index}
-            dropped = [line for line in self._dropped if line["piece"] in mine]
+            dropped = [line for line in self._dropped if line["piece"] in mine and not line.get("partly")]
             num_rows = int(sum(sizes[number] for number in mine))
             found.append(
                 reports.SourceReport(
@@ -152,16 +176,11 @@ class Assembly:
 
     def _label_reports(self) -> dict[str, reports.LabelReport]:
         decisions = self._decisions
-        training = decisions.sets == Set.TRAIN
-        labels = np.where(training, decisions.labels, -1)
-        copies = class_sizes(decisions.classes, labels, decisions.copies)
-        weights = {}
-        for number, name in enumerate(decisions.classes):
-            of_class = decisions.weights[labels == number]
-            weights[name] = float(of_class[0]) if len(of_class) else 0.0
+        copies = np.bincount(self._classes[self._classes >= 0], minlength=len(decisions.classes))
+        columns = zip(decisions.classes, decisions.class_rows, copies, read_weights(self._folder), strict=False)
         return {
-            name: reports.LabelReport(rows=int(rows), copies=int(copies[name]), weight=weights[name])
-            for name, rows in zip(decisions.classes, decisions.class_rows, strict=True)
+            name: reports.LabelReport(rows=int(rows), copies=int(times), weight=float(weight))
+            for name, rows, times, weight in columns
         }
 
     def _notes(self) -> Counter[str]:
@@ -171,21 +190,26 @@ class Assembly:
         for scan in self._staging.scans(len(self._parts)):
             notes["mended"] += int(np.count_nonzero(scan["mended"].to_numpy()))
             notes["language_undecided"] += int(np.count_nonzero(scan["untold"].to_numpy()))
+        notes["partly_left_out"] += sum(bool(line.get("partly")) for line in self._dropped)
         return notes
 
     def _require(self, count: int, kind: str, asked_for: HeldOutPlan | None) -> None:
         """Raise DataError where a set is empty that should not be."""
         if count or (asked_for is not None and not asked_for.sources and not asked_for.rows):
             return
-        if not self._dropped:
+        training = len(self._data.train)
+        pieces = [n for n, source in enumerate(self._sources) if source < training or kind != "training"]
+        dropped = self._left_out(pieces)
+        if not dropped:
             raise DataError(f"no {kind} row is left", hint="every row went to another set: hold out fewer")
-        reasons = Counter(line["reason"] for line in self._dropped)
+        reasons = Counter(line["reason"] for line in dropped)
         said = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
-        # A row that repeats another has never emptied a set.
+        # Rows that repeat others are seldom what emptied a set.
         telling = [reason for reason, _ in reasons.most_common() if reason not in (DUPLICATE, NEAR_DUPLICATE)]
-        first = next(line for line in self._dropped if line["reason"] == telling[0])
+        telling = telling or list(reasons)
+        first = next(line for line in dropped if line["reason"] == telling[0])
         hint = f"the first: {first['where']}: {first['detail']}"
         if first["reason"] == TOO_LONG:
-            shortest = min(line["num_tokens"] for line in self._dropped if line["reason"] == TOO_LONG)
+            shortest = min(line["num_tokens"] for line in dropped if line["reason"] == TOO_LONG)
             hint = f"the shortest has {shortest} tokens: raise data.max_length, or set data.too_long: truncate_end"
         raise DataError(f"no {kind} row is left; dropped: {said}", hint=hint)

@@ -6,8 +6,7 @@ times comes at least n times under a greater weight. The seed has no say.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,15 +64,6 @@ def balance(
         return copies.copy(), weights
     target = sizes.max() if how == "oversample" else sizes[present].min()
     return _resized(labels, copies, digests, sizes, int(target)), weights
-
-
-def class_sizes(names: Sequence[str], labels: NDArray[np.int32], amounts: NDArray[Any]) -> dict[str, float]:
-    """{class: sum of the `amounts` of its rows}, for the report: of copies, or of copies times weights."""
-    has_class = labels >= 0
-    sums = np.bincount(labels[has_class], weights=amounts[has_class], minlength=len(names))
-    if np.issubdtype(amounts.dtype, np.integer):
-        sums = sums.astype(np.int64)
-    return dict(zip(names, sums.tolist(), strict=True))
 
 
 def _resized(

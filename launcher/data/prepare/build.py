@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ from launcher.data.conversation import Conversation
 from launcher.data.prepare.assemble import Assembly
 from launcher.data.prepare.decide import Decisions, decide
 from launcher.data.prepare.encode import Encode, Job
-from launcher.data.prepare.rows import Rows, format_of, words_of
+from launcher.data.prepare.rows import Rows, benchmark_texts, format_of
 from launcher.data.prepare.scan import Scan
 from launcher.data.prepare.staging import Staging
 from launcher.data.prepare.work import Progress, Spread, processes
@@ -65,6 +66,7 @@ class Build:
         self._folder, self._staging = folder, Staging(folder)
         self._progress, self._workers, self._given_spread = progress, workers, spread
         self._seconds: dict[str, float] = {}
+        self._notes: Counter[str] = Counter()
 
     def run(self, target: Path) -> DataFacts:
         """Write everything but facts.json, and return the facts of what will be `target`."""
@@ -76,7 +78,7 @@ class Build:
         self._timed("pack", assembly.pack)
         facts = assembly.facts(target, self._vocab_size)
         self._say("pack", facts.train_documents, facts.train_documents)
-        assembly.report(target, self._seconds, self._num_workers).save(self._folder / "report.json")
+        assembly.report(target, self._seconds, self._num_workers, self._notes).save(self._folder / "report.json")
         self._staging.clear()
         return facts
 
@@ -116,7 +118,8 @@ class Build:
 
     def _benchmarks(self) -> contamination.Contamination | None:
         sources = self._data.clean.contamination
-        return contamination.build(words_of(sources, self._data)) if sources else None
+        texts = benchmark_texts(sources, self._data, self._notes)
+        return contamination.build(texts) if sources else None
 
     def _tokenizer(self, decisions: Decisions) -> Path:
         if self._staging.tokenizer.is_dir():

@@ -88,7 +88,11 @@ def prepare(
             if _key(model, data, seed) != (key, num_bytes):
                 shutil.rmtree(staging, ignore_errors=True)
                 raise DataError("the data changed while it was being prepared", hint="start again once it is complete")
-            (staging / "facts.json").write_text(facts.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            with (staging / "facts.json").open("w", encoding="utf-8") as stream:
+                stream.write(facts.model_dump_json(indent=2) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+            shutil.rmtree(folder, ignore_errors=True)  # of which facts.json was damaged
             staging.rename(folder)
     except OSError as error:
         raise RunFolderError(
@@ -100,11 +104,11 @@ def prepare(
 
 def _find(folder: Path) -> DataFacts | None:
     try:
-        text = (folder / "facts.json").read_text(encoding="utf-8")
-    except FileNotFoundError:
+        facts = DataFacts.model_validate_json((folder / "facts.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # not there, or not whole
         return None
     # The cache may have been moved since.
-    return DataFacts.model_validate_json(text).model_copy(update={"folder": str(folder)})
+    return facts.model_copy(update={"folder": str(folder)})
 
 
 def _key(model: ModelPlan, data: DataPlan, seed: int) -> tuple[str, int]:

@@ -38,8 +38,6 @@ class Decisions:
     """[N] `Set`, or -1 for what is left out."""
     copies: NDArray[np.int32]
     """[N] times an epoch."""
-    weights: NDArray[np.float32]
-    """[N] what a supervised token counts in the loss."""
     dropped: dict[int, tuple[str, str]]
     """{row: (reason, detail)} of what was left out here; what scanning left out is in the scans."""
     repeats: dict[str, int | None]
@@ -51,10 +49,10 @@ class Decisions:
     class_rows: NDArray[np.int64]
     """[classes] training rows of each, before weights and balance."""
 
-    def of_piece(self, number: int) -> tuple[NDArray[np.int8], NDArray[np.int32], NDArray[np.float32]]:
-        """Sets, copies and weights of one piece's conversations."""
+    def of_piece(self, number: int) -> tuple[NDArray[np.int8], NDArray[np.int32], NDArray[np.int32]]:
+        """Sets, copies and class numbers of one piece's conversations."""
         part = slice(self.starts[number], self.starts[number + 1])
-        return self.sets[part], self.copies[part], self.weights[part]
+        return self.sets[part], self.copies[part], self.labels[part]
 
 
 def decide(data: DataPlan, sources: Sequence[int], scans: Sequence[pa.Table]) -> Decisions:
@@ -100,17 +98,15 @@ class _Deciding:
         weights_of_sources = np.array([source.weight for source in self.data.sources])
         copies = np.ones(len(self.sets), dtype=np.int32)
         copies[training] = source_copies(weights_of_sources[self.source[training]], self.digests[training])
-        self._leave_out(training & (copies == 0), UNDERWEIGHTED, "the half that this source's weight leaves out")
+        self._leave_out(training & (copies == 0), UNDERWEIGHTED, "left out by this source's weight")
         before = np.where(self.sets == Set.TRAIN, copies, 0).astype(np.int32)
-        balanced, weights = balance(self.data.balance, self.labels, before, self.digests)
+        balanced, _ = balance(self.data.balance, self.labels, before, self.digests)
         self._leave_out((before > 0) & (balanced == 0), UNDERSAMPLED, "its class has more rows than the smallest")
         copies = np.where(self.sets == Set.TRAIN, balanced, 1).astype(np.int32)
-        weights[self.sets != Set.TRAIN] = 1.0
         return Decisions(
             starts=self.starts,
             sets=self.sets,
             copies=copies,
-            weights=weights,
             dropped=self.dropped,
             repeats=self.repeats,
             classes=self.classes,
@@ -120,7 +116,7 @@ class _Deciding:
 
     def _duplicates(self) -> None:
         rows = np.flatnonzero(self.sets == Set.TRAIN)
-        earlier = _first_of_equals(self.digests[rows])
+        earlier = _first_of_equals(self._digests("learned")[rows])
         again = earlier != np.arange(len(rows))
         self.repeats["exact"] = int(again.sum())
         if self.data.clean.duplicates == "drop":

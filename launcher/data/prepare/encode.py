@@ -39,7 +39,8 @@ class Job:
     sets: NDArray[np.int8]
     """`store.Set`, or -1 for what is left out."""
     copies: NDArray[np.int32]
-    weights: NDArray[np.float32]
+    labels: NDArray[np.int32]
+    """Class numbers."""
 
 
 @dataclass
@@ -48,7 +49,8 @@ class Part:
 
     documents: pa.Table
     dropped: list[dict[str, Any]] = field(default_factory=list)
-    """{row, where, reason, detail, text, num_tokens}: `row` counts the piece's conversations."""
+    """{row, where, reason, detail, text, num_tokens, partly}: `row` counts the piece's conversations; `partly` where
+    other documents of the row stay."""
     tests: list[dict[str, Any]] = field(default_factory=list)
     """{where, prompt_text, prompt_ids, answer}."""
     notes: Counter[str] = field(default_factory=Counter)
@@ -63,7 +65,7 @@ class _Row:
     number: int
     set: Set
     copies: int
-    weight: float
+    label: int
     conversation: Conversation
 
 
@@ -103,13 +105,17 @@ class Encode:
         part = Part(DOCUMENT_SCHEMA.empty_table())
         batches: list[pa.RecordBatch] = []
         rows = self._kept(job)
+        used: set[int] = set()
         while chunk := list(islice(rows, ROWS_AT_ONCE)):
             learned = [row for row in chunk if row.set is not Set.TEST]
-            batches += self._documents(learned, part)
+            batches += self._documents(learned, part, used)
             for row in chunk:
                 if row.set is Set.TEST:
                     self._test(row, part)
         part.documents = pa.Table.from_batches(batches, DOCUMENT_SCHEMA)
+        # One line for a row and a reason, however many copies or documents of it went.
+        lines = {(line["row"], line["reason"]): line for line in reversed(part.dropped)}
+        part.dropped = [line | {"partly": line["row"] in used} for line in reversed(lines.values())]
         return part
 
     def _kept(self, job: Job) -> Iterator[_Row]:
@@ -119,10 +125,10 @@ class Encode:
             mended = self._mend(item)
             assert isinstance(mended, Conversation), "only training filters leave rows out, and they have been asked"
             kind = Set(int(job.sets[number]))
-            yield _Row(number, kind, int(job.copies[number]), float(job.weights[number]), mended)
+            yield _Row(number, kind, int(job.copies[number]), int(job.labels[number]), mended)
 
-    def _documents(self, rows: list[_Row], part: Part) -> list[pa.RecordBatch]:
-        """The documents of `rows`, as one batch; none where none is left."""
+    def _documents(self, rows: list[_Row], part: Part, used: set[int]) -> list[pa.RecordBatch]:
+        """The documents of `rows`, as one batch; none where none is left. Adds the rows that have some to `used`."""
         varied = list(self._varied(rows, part))
         results = self._ready().encode([row.conversation for row in varied])
         kept: list[tuple[_Row, Document]] = []
@@ -135,13 +141,14 @@ class Encode:
                 kept += [(row, piece) for piece in self._fitting(row, document, part)]
         if not kept:
             return []
+        used.update(row.number for row, _ in kept)
         documents = [document for _, document in kept]
         columns = [
             as_lists([document.input_ids for document in documents]),
             as_lists([document.supervised for document in documents]),
             pa.array([document.num_targets for document in documents], pa.int32()),
             pa.array([document.num_turns for document in documents], pa.int32()),
-            pa.array([row.weight for row, _ in kept], pa.float32()),
+            pa.array([row.label for row, _ in kept], pa.int32()),
             pa.array([int(row.set) for row, _ in kept], pa.int8()),
             pa.array([row.copies for row, _ in kept], pa.int32()),
             pa.array([row.conversation.where for row, _ in kept], pa.string()),
@@ -160,7 +167,7 @@ class Encode:
                     _drop(part, row, "left out by data.augment.function", f"copy {copy + 1}")
                 else:
                     part.notes["augmented"] += made is not row.conversation
-                    yield _Row(row.number, row.set, 1, row.weight, made)
+                    yield _Row(row.number, row.set, 1, row.label, made)
 
     def _fitting(self, row: _Row, document: Document, part: Part) -> list[Document]:
         """The document as it will be learned: whole, cut, in pieces, or not at all."""
@@ -191,6 +198,7 @@ class Encode:
                     pieces = [document.part(start, start + limit) for start in range(0, num_tokens, limit)]
             part.notes["split" if data.too_long == "split" else "truncated"] += 1
         learned = [piece for piece in pieces if piece.num_targets]
+        part.notes["pieces_without_answer"] += len(pieces) - len(learned) if learned else 0
         if not learned:
             cut = f" in its first {limit} tokens" if data.too_long == "truncate_end" and num_tokens > limit else ""
             _drop(part, row, "nothing supervised", f"no supervised token{cut}")
@@ -205,6 +213,12 @@ class Encode:
             return
         answer = without_end_markers(row.conversation, self._tokenizer.eos_token)[0].answer
         where = row.conversation.where
+        if len(ids) > (limit := self._rows.data.max_length):
+            message = f"{len(ids)} tokens in the question alone, and data.max_length is {limit}"
+            if self._rows.data.too_long == "stop":
+                raise DataError(f"{where}: {message}", hint="raise data.max_length, or leave the row out")
+            _drop(part, row, TOO_LONG, message, len(ids))
+            return
         part.tests.append({"where": where, "prompt_text": text, "prompt_ids": ids, "answer": answer})
 
     def _bad(self, row: _Row, error: DataError, part: Part) -> None:

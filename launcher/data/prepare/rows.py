@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from launcher.data.clean.words import exchange, question
 from launcher.data.conversation import Conversation
@@ -23,14 +25,14 @@ class Rows:
     def __call__(self, piece: Piece) -> Iterator[tuple[str, Conversation | DataError]]:
         """`file:line` and what stands there; a row of several conversations gives several."""
         source = self.data.sources[piece.source]
+        # Held-out files need neither: they are not split, balanced or left out.
+        keys = (self.data.label, self.data.group) if piece.source < len(self.data.train) else (None, None)
         for where, row in read(source, piece):
             if isinstance(row, DataError):
                 yield where, row
                 continue
             try:
-                found = to_conversations(
-                    row, self.formats[piece.source], source, where, self.data.label, self.data.group
-                )
+                found = to_conversations(row, self.formats[piece.source], source, where, *keys)
             except DataError as error:
                 yield where, error
                 continue
@@ -63,10 +65,11 @@ def _told(source: SourcePlan, stop: bool) -> Format:
     raise first or DataError(f"{source.path}: no rows in it", hint="write one JSON object a line")
 
 
-def words_of(sources: Iterable[SourcePlan], data: DataPlan) -> Iterator[str]:
-    """What is said in every conversation of other sources, such as benchmarks, then what is asked in it.
+def benchmark_texts(sources: Iterable[SourcePlan], data: DataPlan, passed_over: Counter[str]) -> Iterator[str]:
+    """What is said in every row of benchmarks, then what is asked in it.
 
-    A bad row is passed over, or raises DataError, as the recipe says.
+    A row that is no conversation, such as a question whose answer is kept secret, gives every text that it has. One
+    without any is counted in `passed_over`, or raises DataError, as the recipe says of bad rows.
     """
     for source in sources:
         format = format_of(source, data)
@@ -76,8 +79,19 @@ def words_of(sources: Iterable[SourcePlan], data: DataPlan) -> Iterator[str]:
                     raise row
                 found = to_conversations(row, format, source, where)
             except DataError:
-                if data.on_bad_row == "stop":
+                texts = list(_texts(row)) if isinstance(row, dict) else []
+                if not texts and data.on_bad_row == "stop":
                     raise
+                passed_over["benchmark_rows_passed_over"] += not texts
+                yield from texts
                 continue
             for conversation in found:
                 yield from (exchange(conversation), question(conversation))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)

@@ -1,6 +1,7 @@
 """The first reading of a piece: is each row usable by itself, and what must be known of it to decide on all rows.
 
-digest binary(16)     of all words; equal words have equal digests
+digest binary(16)     of all words; rows of equal words are held out together
+learned binary(16)    of all words and of what is learned of them; equal ones are duplicates
 asked binary(16)      of what comes before the last answer
 label, group string   null where the recipe names no such column
 near binary(512)      MinHash signature; only where near duplicates are looked for
@@ -72,9 +73,11 @@ class Scan:
             found = Dropped(CONTAMINATED, f"shares with a benchmark: {shared}") if shared else found
         if isinstance(found, Dropped):
             return _left_out(row.where, found.reason, found.detail, row.words[:SHOWN_CHARACTERS])
+        system = self._rows.data.system_turns != "drop"
         return _Line(
-            digest=found.digest(),
-            asked=found.digest(without_answer=_is_asked(found)),
+            digest=found.digest(system=system),
+            learned=found.digest(marks=True, system=system),
+            asked=found.asked(),
             label=found.label,
             group=found.group,
             where=row.where,
@@ -87,6 +90,7 @@ class _Line(NamedTuple):
     """What is known of one row, in the order of the schema."""
 
     digest: bytes
+    learned: bytes
     asked: bytes
     label: str | None
     group: str | None
@@ -101,7 +105,7 @@ class _Line(NamedTuple):
 def _left_out(where: str, reason: str, detail: str, text: str) -> _Line:
     # What is wrong with a row may be that its text cannot be written down.
     readable = detail.encode("utf-8", "backslashreplace").decode()
-    return _Line(_NOTHING, _NOTHING, None, None, where, reason, readable, text)
+    return _Line(_NOTHING, _NOTHING, _NOTHING, None, None, where, reason, readable, text)
 
 
 def mending(clean: CleanPlan) -> Filters:
@@ -113,6 +117,7 @@ def _schema(near: bool) -> pa.Schema:
     """The columns of a scan, with MinHash signatures or without."""
     fields = [
         ("digest", pa.binary(16)),
+        ("learned", pa.binary(16)),
         ("asked", pa.binary(16)),
         ("label", pa.string()),
         ("group", pa.string()),
@@ -124,8 +129,3 @@ def _schema(near: bool) -> pa.Schema:
         ("untold", pa.bool_()),
     ]
     return pa.schema(fields + [("near", pa.binary(4 * NUM_VALUES))] * near)
-
-
-def _is_asked(conversation: Conversation) -> bool:
-    """Whether anything is asked before the last answer; rows that only begin alike are not the same question."""
-    return any(message.role in ("user", "tool") for message in conversation.messages[:-1])

@@ -128,6 +128,12 @@ def unreadable(path: Path | str, error: OSError) -> DataError:
 
 
 def _file(path: Path) -> File:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{str(path)!a}: the file's name is not UTF-8", hint="rename it: its rows are named by it"
+        ) from error
     return File(str(path), stamp(path))
 
 
