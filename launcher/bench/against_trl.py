@@ -243,6 +243,16 @@ warm up, then {found["rounds"]} rounds. "Ours over it" is the ratio of tokens/s 
 """
 
 
+def publish(found: dict[str, Any], text: str, folder: Path | None, name: str) -> None:
+    """Print a comparison's page, and write it with its raw numbers to `folder`, if one is given."""
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{found['machine']['date']}-{name}"
+        path.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(text, encoding="utf-8")
+    sys.stdout.write(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument(
@@ -270,12 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 chosen.data, Path(scratch), f"{trl_dtype}-{checkpointing}", dtype, checkpointing == "on"
             )
             found["results"] += compare(plan_file, dtype, trl_dtype, chosen.warmup, chosen.steps)
-    if chosen.out:
-        chosen.out.mkdir(parents=True, exist_ok=True)
-        name = f"{found['machine']['date']}-trl-cpu"
-        (chosen.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        (chosen.out / f"{name}.md").write_text(page(found), encoding="utf-8")
-    sys.stdout.write(page(found))
+    publish(found, page(found), chosen.out, "trl-cpu")
 
 
 if __name__ == "__main__":

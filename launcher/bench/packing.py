@@ -9,7 +9,6 @@ that they come, and by the cost of their attention, as ours are.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.bench.against_trl import machine
+from launcher.bench.against_trl import machine, publish
 from launcher.bench.preparation import make_tokenizer, prepared
 from launcher.data.loader import attention_cost
 from launcher.data.pack import best_fit
@@ -159,12 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "command": f"python -m launcher.bench.packing --data {chosen.data.name}",
         "results": [*measure("GSM8K", lengths, 2048), *measure("made up", made_up, 4096)],
     }
-    if chosen.out:
-        chosen.out.mkdir(parents=True, exist_ok=True)
-        name = f"{found['machine']['date']}-packing"
-        (chosen.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        (chosen.out / f"{name}.md").write_text(page(found), encoding="utf-8")
-    sys.stdout.write(page(found))
+    publish(found, page(found), chosen.out, "packing")
 
 
 if __name__ == "__main__":

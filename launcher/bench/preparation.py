@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.bench.against_trl import machine, spread
+from launcher.bench.against_trl import machine, publish, spread
 from launcher.errors import RunFailed
 from launcher.plan.plan import AugmentPlan, CleanPlan, DataFacts, DataPlan, HeldOutPlan, ModelPlan, SourcePlan
 from launcher.recipe.schema_data import Augment, Clean, Data, Source
@@ -284,12 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     compared[kind].append(run)
                     sys.stderr.write(f"{processes} processes, {kind}: {rate(run):,.0f} tokens/s\n")
             found["results"].append(compared)
-    if chosen.out:
-        chosen.out.mkdir(parents=True, exist_ok=True)
-        name = f"{found['machine']['date']}-preparation"
-        (chosen.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        (chosen.out / f"{name}.md").write_text(page(found), encoding="utf-8")
-    sys.stdout.write(page(found))
+    publish(found, page(found), chosen.out, "preparation")
 
 
 if __name__ == "__main__":

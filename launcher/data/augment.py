@@ -13,8 +13,7 @@ from difflib import get_close_matches
 from hashlib import blake2b
 from string import Formatter
 
-from launcher.data.conversation import Conversation
-from launcher.data.formats.messages import SYSTEM
+from launcher.data.conversation import SYSTEM_ROLES, Conversation
 from launcher.data.formats.shapes import joined
 from launcher.data.user_function import UserFunction
 from launcher.errors import DataError
@@ -95,7 +94,7 @@ class Augment:
 def _without_system(conversation: Conversation) -> Conversation:
     """Without the system turns that it begins with; as it is where an answer would then come first."""
     messages = conversation.messages
-    first = next((i for i, message in enumerate(messages) if message.role not in SYSTEM), 0)
+    first = next((i for i, message in enumerate(messages) if message.role not in SYSTEM_ROLES), 0)
     if first == 0 or messages[first].role == "assistant":
         return conversation
     return replace(conversation, messages=messages[first:])

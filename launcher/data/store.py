@@ -5,7 +5,6 @@ documents/00000.arrow ...  input_ids list<int32> | supervised list<uint8> | num_
                            one file a piece of a source, in the order of the sources
 packs.arrow                rows list<int32>: the numbers of the documents in each row of the global batch's unit
 eval.arrow                 rows list<int32>: the numbers of the held-out documents, in one list
-
 classes.json               {names, weights}: of each class number, what a supervised token of it counts in the loss
 
 A document's number counts all documents of all files in order.
@@ -55,7 +54,7 @@ class Documents:
     def __init__(self, folder: Path | str) -> None:
         self._folder = Path(folder)
         files = sorted((Path(folder) / "documents").glob("*.arrow"))
-        table = pa.concat_tables([_mapped(file) for file in files]) if files else DOCUMENT_SCHEMA.empty_table()
+        table = pa.concat_tables([mapped(file) for file in files]) if files else DOCUMENT_SCHEMA.empty_table()
         self._ids, self._masks = Lists(table["input_ids"]), Lists(table["supervised"])
         self._where = table["where"]
         self.lengths: NDArray[np.int64] = self._ids.lengths
@@ -143,7 +142,7 @@ def write_lists(path: Path, rows: Sequence[NDArray[np.integer]]) -> None:
 
 def read_lists(path: Path) -> Lists:
     """What `write_lists` wrote, mapped."""
-    return Lists(_mapped(path)["rows"])
+    return Lists(mapped(path)["rows"])
 
 
 def as_lists(rows: Iterable[NDArray[Any]]) -> pa.ListArray:
@@ -168,7 +167,8 @@ def digest(table: pa.Table) -> str:
     return found.hexdigest()
 
 
-def _mapped(path: Path) -> pa.Table:
+def mapped(path: Path) -> pa.Table:
+    """The table of an Arrow IPC file; its columns are views of it."""
     with pa.memory_map(str(path)) as source:
         return pa.ipc.open_file(source).read_all()
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.data.conversation import Conversation, Message
-from launcher.data.prepare.split import EVAL, TEST, TRAIN, as_digests, below, draws, group_digests, split
+from launcher.data.prepare.split import as_digests, below, draws, group_digests, split
+from launcher.data.store import Set
 from launcher.errors import DataError
 from tests.plans import held_out
 
@@ -49,11 +50,11 @@ def test_the_shares_are_nested_and_do_not_move_each_other() -> None:
     digests = many(2000)
     one = split(digests, held_out(0.1), held_out(0.2))
     other = split(digests, held_out(0.3), held_out(0.2))
-    np.testing.assert_array_equal(one == TEST, other == TEST)
-    assert (other[one == EVAL] == EVAL).all()
+    np.testing.assert_array_equal(one == Set.TEST, other == Set.TEST)
+    assert (other[one == Set.EVAL] == Set.EVAL).all()
     larger = split(digests, held_out(0.1), held_out(0.4))
-    np.testing.assert_array_equal(one == EVAL, larger == EVAL)
-    assert (larger[one == TEST] == TEST).all()
+    np.testing.assert_array_equal(one == Set.EVAL, larger == Set.EVAL)
+    assert (larger[one == Set.TEST] == Set.TEST).all()
 
 
 def test_a_draw_is_the_beginning_of_the_digest_so_that_it_is_the_same_for_ever() -> None:
@@ -65,8 +66,8 @@ def test_a_draw_is_the_beginning_of_the_digest_so_that_it_is_the_same_for_ever()
     assert below(halves, 0.0).tolist() == [False] * 3
     # The other end: as near to it as evaluation's is to the beginning.
     ends = as_digests([bytes([first]) + b"\0" * 15 for first in (0x00, 0x40, 0xBF)] + [b"\xff" * 16])
-    assert split(ends, held_out(0.25), NOTHING).tolist() == [EVAL, TRAIN, TRAIN, TRAIN]
-    assert split(ends, NOTHING, held_out(0.25)).tolist() == [TRAIN, TRAIN, TRAIN, TEST]
+    assert split(ends, held_out(0.25), NOTHING).tolist() == [Set.EVAL, Set.TRAIN, Set.TRAIN, Set.TRAIN]
+    assert split(ends, NOTHING, held_out(0.25)).tolist() == [Set.TRAIN, Set.TRAIN, Set.TRAIN, Set.TEST]
 
 
 def test_nothing_is_held_out_where_nothing_is_asked_for() -> None:
@@ -82,9 +83,9 @@ def test_a_number_of_rows_is_exactly_that_and_the_lowest_draws() -> None:
     sides = split(digests, held_out(rows=20), held_out(rows=30))
     assert counts(sides) == [450, 20, 30]
     drawn = draws(digests)
-    assert drawn[sides == EVAL].max() < drawn[sides == TRAIN].min()
-    assert drawn[sides == TRAIN].max() < drawn[sides == TEST].min()
-    assert (split(digests, held_out(rows=40), held_out(rows=30))[sides != TRAIN] == sides[sides != TRAIN]).all()
+    assert drawn[sides == Set.EVAL].max() < drawn[sides == Set.TRAIN].min()
+    assert drawn[sides == Set.TRAIN].max() < drawn[sides == Set.TEST].min()
+    assert (split(digests, held_out(rows=40), held_out(rows=30))[sides != Set.TRAIN] == sides[sides != Set.TRAIN]).all()
 
 
 def test_rows_with_the_same_words_are_on_one_side() -> None:
@@ -92,12 +93,12 @@ def test_rows_with_the_same_words_are_on_one_side() -> None:
     for plan in (held_out(0.2), held_out(rows=20)):
         sides = split(digests, plan, NOTHING)
         assert len({(draw, side) for draw, side in zip(draws(digests).tolist(), sides.tolist(), strict=True)}) == 100
-    assert counts(split(digests, held_out(rows=20), NOTHING))[EVAL] == 21
+    assert counts(split(digests, held_out(rows=20), NOTHING))[Set.EVAL] == 21
 
 
 def test_equal_draws_are_told_apart_by_the_rest_of_the_digest() -> None:
     digests = as_digests([bytes(8) + bytes([i]) * 8 for i in (3, 1, 2)])
-    assert split(digests, held_out(rows=1), held_out(rows=1)).tolist() == [TEST, EVAL, TRAIN]
+    assert split(digests, held_out(rows=1), held_out(rows=1)).tolist() == [Set.TEST, Set.EVAL, Set.TRAIN]
 
 
 # Groups
@@ -111,10 +112,10 @@ def test_a_group_is_held_out_as_a_whole_or_not_at_all() -> None:
     for plans in ((held_out(0.2), held_out(0.1)), (held_out(rows=300), held_out(rows=100))):
         sides = split(digests, *plans, groups=groups)
         assert len({(name, side) for name, side in zip(names[:2800], sides.tolist(), strict=False)}) == 700
-        assert 200 < counts(sides)[EVAL] < 900
+        assert 200 < counts(sides)[Set.EVAL] < 900
     # Whole groups until there are enough.
-    assert 300 <= counts(sides)[EVAL] <= 303
-    assert 100 <= counts(sides)[TEST] <= 103
+    assert 300 <= counts(sides)[Set.EVAL] <= 303
+    assert 100 <= counts(sides)[Set.TEST] <= 103
 
 
 def test_adding_rows_moves_no_group() -> None:
@@ -161,7 +162,7 @@ def test_stratified_each_class_gives_the_same_share() -> None:
     for label, evaluation, test in ((0, 60, 120), (1, 30, 60), (2, 10, 19), (-1, 1, 1)):
         assert counts(sides[labels == label])[1:] == [evaluation, test]
         drawn = draws(digests)[labels == label]
-        assert drawn[sides[labels == label] == EVAL].max() < drawn[sides[labels == label] != EVAL].min()
+        assert drawn[sides[labels == label] == Set.EVAL].max() < drawn[sides[labels == label] != Set.EVAL].min()
     order = np.random.default_rng(0).permutation(1000)
     again = split(digests[order], held_out(0.1), held_out(0.2), labels=labels[order], stratify=True)
     np.testing.assert_array_equal(again, sides[order])
@@ -172,7 +173,7 @@ def test_a_number_of_rows_is_shared_out_over_the_classes() -> None:
     sides = split(many(1000), held_out(rows=25), held_out(rows=10), labels=labels, stratify=True)
     assert [counts(sides[labels == label])[1:] for label in range(3)] == [[15, 6], [8, 3], [2, 1]]
     rows = [
-        counts(split(many(1000), held_out(rows=n), NOTHING, labels=labels, stratify=True))[EVAL] for n in (1, 7, 99)
+        counts(split(many(1000), held_out(rows=n), NOTHING, labels=labels, stratify=True))[Set.EVAL] for n in (1, 7, 99)
     ]
     assert rows == [1, 7, 99]
 
@@ -183,7 +184,7 @@ def test_a_group_counts_as_its_most_frequent_class() -> None:
     labels = np.array([0, 0, 0, 1] * 50 + [1, 1, 0, 1] * 50, dtype=np.int32)
     sides = split(digests, held_out(0.25), NOTHING, groups=groups, labels=labels, stratify=True)
     # 50 groups of 4 rows each; a quarter of 200 rows is 12 groups and a half.
-    assert counts(sides[:200])[EVAL] == counts(sides[200:])[EVAL] == 52
+    assert counts(sides[:200])[Set.EVAL] == counts(sides[200:])[Set.EVAL] == 52
 
 
 # Errors

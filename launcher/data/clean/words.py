@@ -14,7 +14,7 @@ import numpy as np
 import regex
 from numpy.typing import NDArray
 
-from launcher.data.conversation import Conversation, Message
+from launcher.data.conversation import SYSTEM_ROLES, Conversation, Message
 
 _WITHOUT_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 _WORD = regex.compile(rf"[{_WITHOUT_SPACES}]|[[\p{{L}}\p{{M}}\p{{N}}]--[{_WITHOUT_SPACES}]]+", regex.V1)
@@ -35,7 +35,7 @@ def question(conversation: Conversation) -> str:
 
 
 def _said(messages: Iterable[Message]) -> str:
-    turns = (message for message in messages if message.role not in ("system", "developer"))
+    turns = (message for message in messages if message.role not in SYSTEM_ROLES)
     return "\n".join(part for turn in turns for part in (turn.reasoning, turn.content) if part)
 
 

@@ -33,8 +33,8 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from launcher.data.conversation import Conversation, Message
-from launcher.data.formats.messages import SYSTEM, written_as_sharegpt
+from launcher.data.conversation import SYSTEM_ROLES, Conversation, Message
+from launcher.data.formats.messages import written_as_sharegpt
 from launcher.data.formats.shapes import BESIDE_TEXT, CHAT, SHAPES
 from launcher.data.formats.values import bad_row, is_blank, listed, refuse_media, scalar, text
 from launcher.errors import DataError
@@ -193,7 +193,7 @@ def _with_system(
     prompt = own or source.system
     if not prompt:
         return messages
-    turn = next((message.content for message in messages if message.role in SYSTEM), None)
+    turn = next((message.content for message in messages if message.role in SYSTEM_ROLES), None)
     if turn is None:
         return (Message("system", prompt), *messages)
     if own is not None and own != turn:

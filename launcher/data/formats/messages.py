@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from launcher.data.conversation import Message, ToolCall
+from launcher.data.conversation import SYSTEM_ROLES, Message, ToolCall
 from launcher.data.formats.values import (
     bad_row,
     flaw,
@@ -32,7 +32,6 @@ SPEAKERS = {
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "assistant", "model", "bot", "function_call"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
 }
-SYSTEM = ("system", "developer")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _CALL = '{"name": "...", "arguments": {...}}'
 
@@ -131,9 +130,9 @@ def _message(item: Any, name: str, where: str) -> Message | None:
         extras = _extras(item, role, name, where)
     if is_blank(content):
         reasoning, calls = extras[:2] if extras else ("", ())
-        if role in (*SYSTEM, "tool") and key not in item:
+        if role in (*SYSTEM_ROLES, "tool") and key not in item:
             raise bad_row(where, f"the {role}'s {name} has no {key!r}", "write null where nothing is said")
-        if role in SYSTEM:
+        if role in SYSTEM_ROLES:
             return None
         if role != "tool" and not calls:
             but = "holds reasoning but no answer" if reasoning else "is empty"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.data.conversation import END_MARKER, Conversation, Message, ToolCall
+from launcher.data.conversation import END_MARKER, SYSTEM_ROLES, Conversation, Message, ToolCall
 from launcher.data.masks.chat_template import ChatTemplate, Shown
 from launcher.data.masks.sheet import Sheet
 from launcher.data.masks.turns import Row, Turn, Turns
@@ -342,7 +342,7 @@ def without_system_turns(messages: Sequence[Message], merge: bool, where: str = 
     numbers: list[int] = []
     waiting: list[str] = []
     for number, message in enumerate(messages, 1):
-        if message.role in ("system", "developer"):
+        if message.role in SYSTEM_ROLES:
             waiting += [message.content] if merge else []
             continue
         if message.role == "user" and waiting:

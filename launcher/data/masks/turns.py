@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
+from launcher.data.conversation import SYSTEM_ROLES
 from launcher.data.masks.chat_template import ChatTemplate, Shown
 from launcher.data.masks.verbatim import SENTINELS
 from launcher.errors import DataError
@@ -80,7 +81,7 @@ class Turns:
             return self._template.render(messages, generation_prompt, row.tools)
         except Exception as error:  # templates raise by raise_exception(), and fail as any program does
             hint = "mend the row, or give another template as model.chat_template"
-            if messages and messages[0]["role"] in ("system", "developer"):
+            if messages and messages[0]["role"] in SYSTEM_ROLES:
                 hint = "data.system_turns: merge puts system prompts before the first user's words"
             raise DataError(f"{row.where}: the chat template refuses this conversation: {error}", hint=hint) from error
 

@@ -41,7 +41,10 @@ class Assembly:
         self._held_out = numbers[documents.sets == Set.EVAL]
 
     def pack(self) -> None:
-        """Write packs.arrow, eval.arrow, test.jsonl and dropped.jsonl. Raises DataError where a set has no row."""
+        """Write packs.arrow, eval.arrow, classes.json, test.jsonl and dropped.jsonl.
+
+        Raises DataError where a set has no row.
+        """
         num_tests = sum(len(part["tests"]) for part in self._parts)
         self._require(len(self._train), "training", None)
         self._require(len(self._held_out), "evaluation", self._data.eval)

@@ -1,6 +1,6 @@
 """Data once tokenized and packed, kept under a key of everything that decided it.
 
-    <key>/documents/*.arrow  packs.arrow  eval.arrow   see store.py
+    <key>/documents/*.arrow  packs.arrow  eval.arrow  classes.json   see store.py
           test.jsonl       {where, prompt_text, prompt_ids, answer}
           dropped.jsonl    {where, reason, detail, text}: every row that was left out
           report.json      what the data is like, see report.py

@@ -51,7 +51,7 @@ class Histogram(Part):
         return Histogram(edges=edges, counts=tuple(np.add.reduceat(np.array(self.counts), starts).tolist()))
 
 
-class Spread(Part):
+class Distribution(Part):
     """How a count of tokens is spread over documents."""
 
     min: int
@@ -74,9 +74,9 @@ class SetReport(Part):
     """Tokens that are learned; 0 for test rows, which are answered in words."""
     turns: dict[int, int]
     """{learned assistant turns: documents}; the largest key, 20, stands for more as well."""
-    lengths: Spread | None
+    lengths: Distribution | None
     """Tokens a document, those of the prompt for test rows; None without documents."""
-    supervised: Spread | None
+    supervised: Distribution | None
     """Learned tokens a document; None without documents, and for test rows."""
 
     @property
@@ -280,8 +280,8 @@ def describe_set(
         tokens=int(lengths.sum()),
         supervised_tokens=0 if num_targets is None else int(num_targets.sum()),
         turns={} if num_turns is None else _turns(num_turns),
-        lengths=_spread(lengths, edges),
-        supervised=None if num_targets is None else _spread(num_targets, edges),
+        lengths=_distribution(lengths, edges),
+        supervised=None if num_targets is None else _distribution(num_targets, edges),
     )
 
 
@@ -356,14 +356,14 @@ def _turns(num_turns: NDArray[np.integer]) -> dict[int, int]:
     return {turns: count for turns, count in enumerate(documents.tolist()) if count}
 
 
-def _spread(lengths: NDArray[np.integer], edges: Sequence[int]) -> Spread | None:
+def _distribution(lengths: NDArray[np.integer], edges: Sequence[int]) -> Distribution | None:
     values, counts = _tally(lengths)
     if not len(values):
         return None
     below = np.cumsum(counts)
     total = int(below[-1])
     at = {f"p{percent}": int(values[np.searchsorted(below * 100, total * percent)]) for percent in (10, 50, 90, 99)}
-    return Spread(
+    return Distribution(
         min=int(values[0]),
         max=int(values[-1]),
         mean=int(values @ counts) / total,

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from launcher.data.store import Set
 from launcher.errors import DataError
 from launcher.plan.plan import HeldOutPlan
 
-TRAIN, EVAL, TEST = 0, 1, 2
 Digests = NDArray[np.uint64]
 """[rows, 2] first and last 8 bytes of each row's digest, big-endian."""
 
@@ -54,7 +54,7 @@ def split(
     labels: NDArray[np.int32] | None = None,
     stratify: bool = False,
 ) -> NDArray[np.int8]:
-    """[rows] 0 where a row is trained on, 1 where it is held out for evaluation, 2 for test.
+    """[rows] the `Set` of each: trained on, held out for evaluation, or for test.
 
     Rows with the same words, and rows of one group, are on one side; where the same words stand in two groups, both
     groups are. `labels` holds a class number a row, -1 for none.
@@ -77,7 +77,7 @@ def split(
     backwards = None if classes is None else classes[::-1]
     for_test = _lowest(test, ~unit_draws[::-1], sizes[::-1], backwards)[::-1]
     for_eval = _lowest(eval, unit_draws, sizes, classes)
-    sides = np.select([for_eval, for_test], [np.int8(EVAL), np.int8(TEST)], np.int8(TRAIN))[units]
+    sides = np.select([for_eval, for_test], [np.int8(Set.EVAL), np.int8(Set.TEST)], np.int8(Set.TRAIN))[units]
     _check(sides, eval, test, groups is not None)
     return sides
 
@@ -156,8 +156,10 @@ def _check(sides: NDArray[np.int8], eval: HeldOutPlan, test: HeldOutPlan, groupe
         if plan.rows is not None and plan.rows > num_rows:
             message = f"{key}.rows is {plan.rows}, and there are {num_rows} training rows"
             raise DataError(message, "hold out fewer rows")
-    if (eval.split or eval.rows or test.split or test.rows) and not (sides == TRAIN).any():
-        counts = f"{np.count_nonzero(sides == EVAL)} for evaluation and {np.count_nonzero(sides == TEST)} for test"
+    if (eval.split or eval.rows or test.split or test.rows) and not (sides == Set.TRAIN).any():
+        counts = (
+            f"{np.count_nonzero(sides == Set.EVAL)} for evaluation and {np.count_nonzero(sides == Set.TEST)} for test"
+        )
         hint = "hold out less" + ("; a group of data.group is held out as a whole" if grouped else "")
         raise DataError(f"no training row is left: of {num_rows} rows {counts} are held out", hint)
 

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from launcher.data.prepare.encode import Part
-from launcher.data.store import digest
+from launcher.data.store import digest, mapped
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Staging:
 
     def scans(self, count: int) -> list[pa.Table]:
         """The scans of all pieces in order, mapped."""
-        return [_read_table(self._scan(number)) for number in range(count)]
+        return [mapped(self._scan(number)) for number in range(count)]
 
     def keep_part(self, number: int, part: Part) -> int:
         """Write what a piece became; returns its documents."""
@@ -103,8 +103,3 @@ def _write_text(path: Path, text: str) -> None:
     beside = path.with_suffix(".new")
     beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)
-
-
-def _read_table(path: Path) -> pa.Table:
-    with pa.memory_map(str(path)) as source:
-        return pa.ipc.open_file(source).read_all()
