@@ -64,7 +64,9 @@ def test_the_cluster_makes_the_same_files(tmp_path: Path) -> None:
 def test_only_what_is_large_goes_to_a_cluster_that_is_joined(
     tmp_path: Path, where: Literal["auto", "machine", "cluster"], address: str | None, num_bytes: int, spreads: bool
 ) -> None:
-    with (tmp_path / "rows.jsonl").open("wb") as stream:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    with (tmp_path / "deep" / "er" / "rows.jsonl").open("wb") as stream:
         stream.truncate(num_bytes)  # a hole: it takes no space
-    with cluster_for(where, data_plan(source_plan(tmp_path / "rows.jsonl")), address) as spread:
-        assert (spread is not None) == spreads
+    for path in (tmp_path / "deep", tmp_path / "**" / "*.jsonl"):
+        with cluster_for(where, data_plan(source_plan(path)), address) as spread:
+            assert (spread is not None) == spreads
