@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from launcher.data.masks.encoder import Document
+from launcher.data.masks import Document
 from launcher.data.store import DOCUMENT_SCHEMA, Set, as_lists, write_classes, write_lists
 
 

@@ -22,12 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from launcher.bench.against_trl import machine, publish, spread
 from launcher.errors import RunFailed
-from launcher.plan.plan import AugmentPlan, CleanPlan, DataFacts, DataPlan, HeldOutPlan, ModelPlan, SourcePlan
-from launcher.recipe.schema_data import Augment, Clean, Data, Source
+from launcher.plan.plan import DataFacts
+from launcher.plan.resolve import resolve_model
+from launcher.plan.resolve_data import resolve_data
+from launcher.recipe.load import load
 
 TITLES = {"slipway": "Slipway", "trl": "TRL, answers learned", "trl-unmasked": "TRL, everything learned"}
 VOCABULARY = 32_000
@@ -56,29 +59,12 @@ def prepared(
     from launcher.data.prepare import prepare
     from launcher.data.store import Documents
 
-    source = SourcePlan(kind="local", **Source(path=str(data.resolve())).model_dump())
-    nothing = HeldOutPlan(split=None, rows=None, sources=())
-    augment = Augment().model_dump(exclude={"function"}) | {"function_file": None, "function_name": None}
-    parts = {
-        "train": (source,),
-        "eval": nothing,
-        "test": nothing,
-        "clean": CleanPlan(**Clean().model_dump()),
-        "augment": AugmentPlan(**augment),
-    }
-    model = ModelPlan(
-        source="folder",
-        path=str(tokenizer),
-        revision=None,
-        scratch=None,
-        tokenizer=None,
-        chat_template=None,
-        template_kwargs={},
-        add_tokens=(),
-        trust_remote_code=False,
-    )
-    plan = DataPlan(**Data(max_length=max_length).model_dump(exclude={"workers", "prepare_on"}) | parts)
-    facts = prepare(model, plan, seed=0, cache_dir=cache, workers=processes)
+    cache.mkdir(exist_ok=True)
+    recipe = cache / "recipe.yaml"
+    sections = {"train": [{"path": str(data.resolve())}], "max_length": max_length}
+    recipe.write_text(yaml.safe_dump({"model": {"path": str(tokenizer)}, "data": sections}), encoding="utf-8")
+    loaded = load(str(recipe), ())
+    facts = prepare(resolve_model(loaded, cache), resolve_data(loaded), seed=0, cache_dir=cache, workers=processes)
     return facts, Documents(facts.folder).lengths
 
 

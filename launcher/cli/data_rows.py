@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,9 +13,9 @@ from launcher.recipe.origin import shown
 
 if TYPE_CHECKING:
     from launcher.data.loader import MicroBatch, TestRow
+    from launcher.data.prepare.work import Progress
 
 SetName = Literal["train", "eval", "test"]
-Progress = Callable[[str, int, int | None], None]
 
 _MOST_TOKENS_A_CHARACTER = 4
 """UTF-8 has at most 4 bytes a character, and a token at least one."""

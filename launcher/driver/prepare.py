@@ -1,4 +1,7 @@
-"""Preparing data with Ray Data over the connected cluster: the same pieces, tasks and order, so the same files."""
+"""Preparing data: hub ids pinned, and with Ray Data over a cluster the same pieces, tasks and order, so the same files.
+
+What is pickled here goes from our own process to our own workers and back.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from launcher.driver.connect import cluster_address, connected
 from launcher.errors import RunFailed, SlipwayError
 from launcher.plan.facts import ClusterFacts
-from launcher.plan.plan import DataPlan
+from launcher.plan.plan import DataPlan, HeldOutPlan
 
 if TYPE_CHECKING:
     from launcher.data.prepare.work import Spread
@@ -20,6 +23,28 @@ if TYPE_CHECKING:
 CLUSTER_BYTES = 8 * 2**30
 """Local training files of more than this are prepared on a cluster that is joined: by docs/benchmarks, text for three
 quarters of an hour on two cores."""
+
+
+def pinned_sources(data: DataPlan) -> DataPlan:
+    """Hub ids with their branch or tag resolved to a commit.
+
+    Raises:
+        DataError: the hub does not answer and the cache does not have it.
+    """
+    from launcher.data.sources import pinned as at_commit
+
+    def held_out(plan: HeldOutPlan) -> HeldOutPlan:
+        return plan.model_copy(update={"sources": tuple(map(at_commit, plan.sources))})
+
+    contamination = tuple(map(at_commit, data.clean.contamination))
+    return data.model_copy(
+        update={
+            "train": tuple(map(at_commit, data.train)),
+            "eval": held_out(data.eval),
+            "test": held_out(data.test),
+            "clean": data.clean.model_copy(update={"contamination": contamination}),
+        }
+    )
 
 
 @contextlib.contextmanager

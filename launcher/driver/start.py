@@ -9,24 +9,25 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.driver.base_model import BaseModelProcess, model_settings, pinned
-from launcher.driver.prepare import cluster_for
+from launcher.driver.prepare import cluster_for, pinned_sources
 from launcher.errors import RunFolderError
 from launcher.plan.facts import ClusterFacts
-from launcher.plan.plan import DataFacts, DataPlan, HeldOutPlan, ModelPlan, Plan
+from launcher.plan.plan import DataFacts, DataPlan, ModelPlan, Plan
 from launcher.plan.resolve import resolve, resolve_model
 from launcher.plan.resolve_data import resolve_data
 from launcher.plan.size import parameter_count
 from launcher.recipe.load import LoadedRecipe
 
-Reporter = Callable[[str, int, int | None], None]
-"""Progress of the preparation: what, how many done, how many in all."""
+if TYPE_CHECKING:
+    from launcher.data.prepare.work import Progress
+
 PACKAGES = ("torch", "deepspeed", "ray", "transformers", "datasets", "peft", "bitsandbytes", "flash-attn", "triton")
 MINIMUM_FREE_BYTES = 64 * 2**20
 
@@ -64,7 +65,7 @@ def new_run_folder(loaded: LoadedRecipe, asked_for: Path | None) -> Path:
     return folder
 
 
-def decide(loaded: LoadedRecipe, run_dir: Path, report: Reporter | None, address: str | None = None) -> Decided:
+def decide(loaded: LoadedRecipe, run_dir: Path, report: Progress | None, address: str | None = None) -> Decided:
     """Look the model up and prepare the data, in `.prepared` beside the run's folder, which is not made yet.
 
     `address` is that of the cluster which prepares data that is too much for this machine.
@@ -90,28 +91,6 @@ def decide(loaded: LoadedRecipe, run_dir: Path, report: Reporter | None, address
         )
     parameters = parameter_count({"vocab_size": facts.vocab_size} | settings)
     return Decided(loaded, run_name(loaded), run_dir, model, data, facts, parameters)
-
-
-def pinned_sources(data: DataPlan) -> DataPlan:
-    """Hub ids with their branch or tag resolved to a commit.
-
-    Raises:
-        DataError: the hub does not answer and the cache does not have it.
-    """
-    from launcher.data.sources import pinned as at_commit
-
-    def held_out(plan: HeldOutPlan) -> HeldOutPlan:
-        return plan.model_copy(update={"sources": tuple(map(at_commit, plan.sources))})
-
-    contamination = tuple(map(at_commit, data.clean.contamination))
-    return data.model_copy(
-        update={
-            "train": tuple(map(at_commit, data.train)),
-            "eval": held_out(data.eval),
-            "test": held_out(data.test),
-            "clean": data.clean.model_copy(update={"contamination": contamination}),
-        }
-    )
 
 
 def base_model_process(decided: Decided) -> BaseModelProcess:

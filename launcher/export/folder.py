@@ -98,7 +98,7 @@ def write_folder(plan: Plan, model: Any, tokenizer: Any, folder: Path, merged: b
     model.config.use_cache = True
     generation = getattr(model, "generation_config", None)
     if generation is not None:
-        from launcher.data.masks.encoder import end_of_turn_id
+        from launcher.data.masks import end_of_turn_id
 
         generation.eos_token_id = end_of_turn_id(tokenizer)
         generation.pad_token_id = (

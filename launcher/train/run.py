@@ -105,7 +105,7 @@ def build_parts(plan: Plan, batch: BatchLayout, device: torch.device, metrics: M
     """Model, engine and data of one rank."""
     from transformers import AutoTokenizer
 
-    from launcher.data.masks.encoder import end_of_turn_id
+    from launcher.data.masks import end_of_turn_id
 
     trajectory, folder = plan.trajectory, Path(plan.data.folder)
     ds_config = deepspeed_config(plan.layout, batch, trajectory.dtype, trajectory.optimizer.max_grad_norm)

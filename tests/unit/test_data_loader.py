@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from launcher.data.loader import EvalData, MicroBatch, TestRows, TrainData
-from launcher.data.masks.encoder import Document
+from launcher.data.masks import Document
 from launcher.plan.batch import batch_layout
 from tests.prepared import write_prepared
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher.data.conversation import Conversation, Message, ToolCall
-from launcher.data.masks.encoder import Document, Encoder
+from launcher.data.masks import Document, Encoder
 from launcher.errors import DataError
 from tests.unit.families import FAMILIES, TOOL, Family, hugging_face, pin_the_day, tokenizer_of
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from launcher.data.conversation import Conversation, Message
-from launcher.data.masks.encoder import Encoder
+from launcher.data.masks import Encoder
 from launcher.data.tokenizer import load_tokenizer, train_tokenizer, training_text, with_template
 from launcher.errors import ModelError
 from tests.plans import model_plan

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from launcher.data.conversation import Conversation, Message
-from launcher.data.masks.encoder import Encoder
+from launcher.data.masks import Encoder
 from launcher.data.masks.verbatim import Verbatim
 from launcher.errors import DataError
 from tests.unit.families import FAMILIES, TEXT

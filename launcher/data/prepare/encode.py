@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from launcher.data.augment import Augment
 from launcher.data.conversation import Conversation
-from launcher.data.masks.encoder import Document, Encoder, without_end_markers
+from launcher.data.masks import Document, Encoder, without_end_markers
 from launcher.data.prepare.rows import Rows
 from launcher.data.prepare.scan import BAD_ROW, SHOWN_CHARACTERS, mending
 from launcher.data.sources import Piece
