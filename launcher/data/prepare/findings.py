@@ -1,4 +1,7 @@
-"""What a careful engineer would say about a report before training on it: plain words, each with what to do."""
+"""What a careful engineer would say about a report before training on it: plain words, each with what to do.
+
+The limits are judgements, not measurements.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ WHOLE_SHARE = 0.95
 LEFT_OUT_SHARE = 0.1
 """Training rows left out for one reason: beyond a tenth a filter, or the file, is rarely what was meant."""
 REPEATED_SHARE = 0.02
-"""Repeated rows: web crawls hold a few per cent, curated sets next to none."""
+"""Repeated rows: more than a slip of whoever put the files together."""
 OVERLAP_SHARE = 0.02
 """Training rows that ask what a held-out row asks: beyond chance in any but templated data."""
 SUPERVISED_SHARE = 0.1
@@ -25,7 +28,7 @@ LABEL_RATIO = 10
 FEW_DOCUMENTS = 100
 """Fewer documents than this are learned by heart within a few epochs."""
 FEW_HELD_OUT = 50
-"""Losses of documents differ by about 0.5: the mean of 50 is uncertain by 0.07, as much as runs differ by."""
+"""The mean loss of few documents says more about which ones they are than about the model."""
 FEW_TEST_ROWS = 20
 """With fewer a single answer moves the exact match by more than 5 points."""
 LENGTH_RATIO = 2.0
