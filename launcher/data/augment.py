@@ -18,9 +18,7 @@ from launcher.data.formats.shapes import joined
 from launcher.data.user_function import UserFunction
 from launcher.errors import DataError
 from launcher.plan.plan import AugmentPlan
-
-PARTS = ("instruction", "input")
-"""What a wording may name; shapes.py says which rows have them."""
+from launcher.recipe.schema_data import WORDING_PARTS
 
 
 class Augment:
@@ -125,8 +123,8 @@ def _named_in(wording: str) -> set[str]:
     except ValueError as error:
         raise DataError(f"{place}: {error}", hint) from error
     for _, name, spec, conversion in fields:
-        if name not in PARTS:
-            near = get_close_matches(str(name), PARTS, n=1)
+        if name not in WORDING_PARTS:
+            near = get_close_matches(str(name), WORDING_PARTS, n=1)
             raise DataError(f"{place}: unknown name {name!r}", f"did you mean {{{near[0]}}}?" if near else hint)
         if spec or conversion:
             raise DataError(f"{place}: a part is put in as it is", hint)

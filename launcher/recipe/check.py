@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from launcher.errors import UserError
 from launcher.recipe.schema import Recipe
-from launcher.recipe.schema_data import Data, HeldOut, Source
+from launcher.recipe.schema_data import WORDING_PARTS, Data, HeldOut, Source
 from launcher.units import parse_bytes, parse_seconds
 
 _LANGUAGES = (
@@ -20,8 +20,6 @@ _LANGUAGES = (
 )
 LANGUAGES = tuple(_LANGUAGES.split())
 """ISO 639-1 codes that py3langid tells. Written down, and held to the library by a test: importing it takes long."""
-WORDING_PARTS = ("instruction", "input")
-"""What `data.augment.wordings` may name: the parts of alpaca and classification rows."""
 
 
 @dataclass(frozen=True)

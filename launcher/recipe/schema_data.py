@@ -20,6 +20,9 @@ SourceFormat = Literal[
     "text",
 ]
 
+WORDING_PARTS = ("instruction", "input")
+"""What `data.augment.wordings` may name: the parts of alpaca, classification and self_instruct rows."""
+
 
 class Source(Section):
     """Rows of one kind: a file, a folder, a glob, a URL or a data set on the hub."""
