@@ -8,7 +8,9 @@
     │   ├── ClusterError     2   what the cluster has does not fit what the run asks for
     │   └── RunFolderError   2   a run's folder: missing, held by another launcher, full, read-only
     ├── RunFailed            1   a run that started and could not finish; names its root cause
-    ├── CheckpointError      1   a checkpoint that is damaged or does not fit the run
+    ├── CheckpointError      1   a checkpoint that cannot be written, or does not fit the run
+    │   ├── DamagedCheckpoint 1  one that is not as it was committed: the run goes on from an older one
+    │   └── Superseded       1   a launcher or workers that later ones have replaced: they save no more
     └── Interrupted        130   stopped by Ctrl-C (or 143 by SIGTERM) after saving
 
 Only `cli/app.py` turns them into an exit code.
@@ -87,6 +89,14 @@ class RunFailed(SlipwayError):
 
 class CheckpointError(SlipwayError):
     """A checkpoint is damaged, incomplete or of another run."""
+
+
+class Superseded(CheckpointError):
+    """A later launcher or worker group has taken the run over; whoever meets this must save nothing more."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint is not as it was committed; an older one may be."""
 
 
 class Interrupted(SlipwayError):

@@ -44,5 +44,6 @@ def model_plan(path: Path | str, **changes: Any) -> ModelPlan:
         "template_kwargs": {},
         "add_tokens": (),
         "trust_remote_code": False,
+        "fingerprint": None,
     }
     return ModelPlan(**(values | changes))

@@ -19,12 +19,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from launcher.checkpoint.save import save
 from launcher.plan.batch import batch_layout
 from launcher.plan.plan import Plan
-from launcher.train.loop import Parts, Progress, optimizer_step
+from launcher.store.location import open_store
+from launcher.train.loop import optimizer_step
 from launcher.train.metrics import MetricsLog
-from launcher.train.run import build_parts, use_device
+from launcher.train.parts import Parts, Progress
+from launcher.train.run import begin_together, build_parts, use_device
 from launcher.train.schedule import lr_factor
 from launcher.train.throughput import PARTS, Stopwatch, memory_bytes
 
@@ -49,7 +50,10 @@ def bench_parts(plan: Plan) -> Parts:
     """Model, engine and data of a run that writes no metrics. Collective."""
     device = use_device(plan)
     batch = batch_layout(plan.trajectory.global_batch_size, plan.layout.micro_batch_size, dist.get_world_size())
-    parts = build_parts(plan, batch, device, MetricsLog(Path(plan.run_dir), writes=False), attempt=0)
+    store = open_store(plan.location)
+    attempt = begin_together(store, launch=0)
+    metrics = MetricsLog(Path(plan.run_dir), str(attempt), writes=False)
+    parts = build_parts(plan, batch, device, metrics, store, attempt, stopping=lambda: False)
     # A watch that waits for the device after each part, so that a part is charged with its own time.
     return replace(parts, watch=Stopwatch(device, synchronize=True))
 
@@ -63,6 +67,7 @@ def timed_steps(parts: Parts) -> Iterator[StepTime]:
         global_batch = parts.train_data.global_batch(step)
         rate = plan.trajectory.optimizer.lr * lr_factor(plan.trajectory.schedule, step, plan.lifecycle.total_steps)
         result = optimizer_step(parts, step, global_batch, rate)
+        assert result is not None  # nothing asks it to stop
         seconds = parts.watch.lap()
         yield StepTime(
             seconds, time.process_time() - cpu_s, global_batch.tokens, global_batch.supervised_tokens, result.loss
@@ -79,7 +84,8 @@ def measure(plan: Plan, num_steps: int) -> dict[str, Any]:
     steps = list(itertools.islice(timed_steps(parts), WARMUP_STEPS + num_steps))
     timed = steps[WARMUP_STEPS:]
     with parts.watch.part("checkpoint"):
-        save(Path(plan.run_dir), num_steps, 0, parts.engine, Progress(step=num_steps).as_dict(), plan)
+        parts.saver.begin(num_steps, Progress(step=num_steps).as_dict())
+        parts.saver.join()
     parts_s = {name: statistics.median(step.seconds.get(name, 0.0) for step in timed) for name in PARTS[:4]}
     tokens = sum(step.tokens for step in timed)
     return {
@@ -102,8 +108,7 @@ def main(plan_file: str, num_steps: str) -> None:
         started = time.perf_counter()
         folders: list[str | None] = [scratch]
         dist.broadcast_object_list(folders, 0)
-        (Path(str(folders[0])) / "checkpoints").mkdir(exist_ok=True)
-        result = measure(plan.model_copy(update={"run_dir": folders[0]}), int(num_steps))
+        result = measure(plan.model_copy(update=dict.fromkeys(("run_dir", "location"), folders[0])), int(num_steps))
         result["setup_s"] = time.perf_counter() - started - sum(result["parts_s"].values())
         if dist.get_rank() == 0:
             sys.stdout.write(json.dumps(result) + "\n")

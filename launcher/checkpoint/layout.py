@@ -1,83 +1,81 @@
-"""The names inside a run's folder; what they mean and in which order they appear.
+"""The names of a run's checkpoints; what they mean and in which order they appear.
 
-    <run>/checkpoints/.staging-00000200-3/    step 200 while attempt 3 writes it
-    <run>/checkpoints/step-00000200/          *.safetensors, manifest.json, and last of all COMMIT
-    <run>/checkpoints/.removed-step-00000200/ superseded, being deleted
+    checkpoints/step-00000200/attempt-3.1/    staged by start 1 of launch 3: shard-*.safetensors, then manifest.json
+    checkpoints/step-00000200/COMMIT          names that attempt and its manifest's hash; made last, by one attempt only
 
-A folder is a checkpoint if and only if it holds COMMIT; anything else is rubbish of a crash.
+A step's folder is a checkpoint if and only if it holds COMMIT. Nothing is ever renamed or written twice: so the same
+order holds on a disk and in an object store, and what an orphan of an earlier attempt writes lies beside, not over,
+what its successor wrote.
 """
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from dataclasses import dataclass
+
+from launcher.checkpoint.lease import Attempt
+from launcher.store.store import Store
 
 MANIFEST = "manifest.json"
 COMMIT = "COMMIT"
 SHARD_SUFFIX = ".safetensors"
+FOLDER = "checkpoints"
 
 _STEP = re.compile(r"step-(\d{8,})")
-_REMOVED = re.compile(r"\.removed-step-(\d{8,})")
-_STAGING = re.compile(r"\.staging-(\d{8,})-(\d+)")
+_ATTEMPT = re.compile(r"attempt-(\d+\.\d+)")
 
 
-def checkpoints_dir(run_dir: Path) -> Path:
-    """Where a run keeps its checkpoints."""
-    return run_dir / "checkpoints"
+@dataclass(frozen=True)
+class Checkpoint:
+    """The place of one step's checkpoint; whether there is one is another question."""
+
+    store: Store
+    step: int
+    """Optimizer steps taken."""
+
+    def __str__(self) -> str:
+        return f"{self.store}/{self.folder}"
+
+    @property
+    def name(self) -> str:
+        """As the user sees it."""
+        return f"step-{self.step:08d}"
+
+    @property
+    def folder(self) -> str:
+        """Its folder in the store."""
+        return f"{FOLDER}/{self.name}"
+
+    @property
+    def commit(self) -> str:
+        """The file that makes it a checkpoint."""
+        return f"{self.folder}/{COMMIT}"
+
+    def staging(self, attempt: Attempt) -> str:
+        """Where `attempt` writes shards and manifest."""
+        return f"{self.folder}/attempt-{attempt}"
+
+    def attempts(self) -> list[Attempt]:
+        """Those that wrote here, committed or not, oldest first."""
+        matches = (_ATTEMPT.fullmatch(name) for name in self.store.names(self.folder))
+        return sorted(Attempt.parse(match[1]) for match in matches if match)
+
+    def is_committed(self) -> bool:
+        """True where COMMIT is there; says nothing about damage."""
+        return COMMIT in self.store.names(self.folder)
 
 
-def checkpoint_dir(run_dir: Path, step: int) -> Path:
-    """The final folder of the checkpoint taken after `step` optimizer steps."""
-    return checkpoints_dir(run_dir) / f"step-{step:08d}"
+def steps(store: Store) -> list[Checkpoint]:
+    """Every step's folder, committed or not, oldest first."""
+    matches = (_STEP.fullmatch(name) for name in store.names(FOLDER))
+    return [Checkpoint(store, step) for step in sorted(int(match[1]) for match in matches if match)]
 
 
-def staging_dir(run_dir: Path, step: int, attempt: int) -> Path:
-    """Where `attempt` writes the checkpoint of `step` before it is renamed to its final folder."""
-    return checkpoints_dir(run_dir) / f".staging-{step:08d}-{attempt}"
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step of a checkpoint's folder. Raises ValueError for a folder of another name."""
-    match = _STEP.fullmatch(checkpoint.name)
-    if match is None:
-        raise ValueError(f"{checkpoint} is not a checkpoint's folder")
-    return int(match[1])
-
-
-def is_committed(checkpoint: Path) -> bool:
-    """True where COMMIT is there; says nothing about damage."""
-    return (checkpoint / COMMIT).is_file()
-
-
-def committed(run_dir: Path) -> list[Path]:
+def committed(store: Store) -> list[Checkpoint]:
     """The run's committed checkpoints, oldest first; empty where there is none."""
-    return [path for path in _folders(run_dir, _STEP) if is_committed(path)]
+    return [checkpoint for checkpoint in steps(store) if checkpoint.is_committed()]
 
 
-def newest_committed(run_dir: Path) -> Path | None:
+def newest_committed(store: Store) -> Checkpoint | None:
     """The committed checkpoint of the highest step."""
-    return next(reversed(committed(run_dir)), None)
-
-
-def rubbish(run_dir: Path) -> list[Path]:
-    """What a crash left between renaming and committing, or within a removal. Ask where no save is under way."""
-    return [path for path in _folders(run_dir, _STEP) if not is_committed(path)] + _folders(run_dir, _REMOVED)
-
-
-def removed_dir(checkpoint: Path) -> Path:
-    """Where a checkpoint is moved to be deleted."""
-    return checkpoint.with_name(f".removed-{checkpoint.name}")
-
-
-def staging(run_dir: Path) -> list[tuple[Path, int]]:
-    """The run's staging folders, each with the attempt that made it."""
-    return [(path, int(path.name.rpartition("-")[2])) for path in _folders(run_dir, _STAGING)]
-
-
-def _folders(run_dir: Path, name: re.Pattern[str]) -> list[Path]:
-    folder = checkpoints_dir(run_dir)
-    if not folder.is_dir():
-        return []
-    matches = ((name.fullmatch(path.name), path) for path in folder.iterdir())
-    found = [(int(match[1]), path) for match, path in matches if match and path.is_dir()]
-    return [path for _, path in sorted(found)]
+    return next((checkpoint for checkpoint in reversed(steps(store)) if checkpoint.is_committed()), None)

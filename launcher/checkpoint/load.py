@@ -4,63 +4,114 @@ from __future__ import annotations
 
 import math
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-from launcher.checkpoint.manifest import Manifest, damage, damaged, newest_sound, read, verify
+from launcher.checkpoint.layout import Checkpoint, committed
+from launcher.checkpoint.manifest import Manifest, changed, damaged, folder_of, misplaced, read, verify
+from launcher.checkpoint.moments import refuse_other_cut
 from launcher.checkpoint.shards import MASTER, parameter_shapes, publish_masters, set_optimizer_step, training_state
+from launcher.checkpoint.storage import Range, ShardReader, ranges_of
 from launcher.checkpoint.together import together
-from launcher.errors import CheckpointError
+from launcher.errors import CheckpointError, DamagedCheckpoint
 from launcher.plan.plan import Plan
+from launcher.store.store import Store
 
-__all__ = ["load", "load_weights", "newest_sound"]
+Group = dist.ProcessGroup | None
 
 
-def load(checkpoint: Path, engine: Any, plan: Plan) -> dict[str, object]:
+def load_newest(
+    store: Store, engine: Any, plan: Plan, group: Group = None
+) -> tuple[Checkpoint | None, dict[str, Any], list[str]]:
+    """Load the newest checkpoint that is whole: it, its progress, and a message for each newer, damaged one.
+
+    None and no progress where nothing has been committed yet. Collective.
+
+    Raises CheckpointError as `load`, and where there are checkpoints and none is whole: starting anew would throw work
+    away that can perhaps be restored.
+    """
+    listed = together(f"looking for checkpoints in {store}", lambda: [c.step for c in committed(store)], group)[0]
+    messages: list[str] = []
+    for step in reversed(listed):
+        checkpoint = Checkpoint(store, step)
+        try:
+            return checkpoint, load(checkpoint, engine, plan, group), messages
+        except DamagedCheckpoint as error:
+            messages.append(error.message)
+    if messages:
+        raise CheckpointError(
+            f"no checkpoint of {store} is whole: {'; '.join(messages)}",
+            hint="restore one of them, or delete the folder checkpoints to begin again",
+        )
+    return None, {}, []
+
+
+def load(checkpoint: Checkpoint, engine: Any, plan: Plan, group: Group = None) -> dict[str, Any]:
     """Put the training state of `checkpoint` into `engine`; the `progress` it was saved with. Collective.
 
     The engine may have another world size, ZeRO stage or offload than the one that saved. Every file is verified before
-    anything is overwritten.
+    anything is overwritten; the ranks share the reading.
 
-    Raises the same CheckpointError on all ranks where the checkpoint is damaged, belongs to another trajectory or
-    holds other parameters than the model trains.
+    Raises the same error on all ranks: DamagedCheckpoint, or CheckpointError where the checkpoint belongs to another
+    trajectory or holds other parameters than the model trains.
     """
     doing = f"loading {checkpoint}"
-    manifest = together(doing, lambda: _accept(checkpoint, engine, plan))[dist.get_rank()]
+    manifest = read_together(checkpoint, doing, group)
+    found = together(doing, lambda: _accept(checkpoint, manifest, engine, plan, group), group)
+    if wrong := sorted({line for lines, _ in found for line in lines}):
+        raise damaged(checkpoint, wrong)
+    ranges = [one for _, part in found for one in part]
+    reader = ShardReader(checkpoint.store, folder_of(checkpoint, manifest), ranges)
     state = training_state(engine)
-    reader = HuggingFaceStorageReader(str(checkpoint))
-    together(doing, lambda: dcp_load(dict(state), storage_reader=reader))
+    together(doing, lambda: dcp_load(dict(state), storage_reader=reader, process_group=group), group)
     set_optimizer_step(engine, manifest.optimizer_step)
     publish_masters(engine)
     return manifest.progress
 
 
-def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+def load_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """All trainable parameters, whole, fp32, on CPU, by the model's own names; needs no process group.
 
-    Raises CheckpointError where the checkpoint is damaged.
+    Raises DamagedCheckpoint.
     """
-    shapes = verify(checkpoint).parameters
-    flat: dict[str, Any] = {f"{MASTER}.{name}": torch.empty(math.prod(shape)) for name, shape in shapes.items()}
+    manifest = verify(checkpoint)
+    return {
+        name: tensor.view(manifest.parameters[name])
+        for name, tensor in read_whole(checkpoint, manifest, MASTER, list(manifest.parameters)).items()
+    }
+
+
+def read_whole(checkpoint: Checkpoint, manifest: Manifest, kind: str, names: list[str]) -> dict[str, torch.Tensor]:
+    """One kind of state of some parameters, whole and flat, fp32, on CPU; needs no process group."""
+    folder = folder_of(checkpoint, manifest)
+    ranges = [one for file in sorted(manifest.files) for one in ranges_of(checkpoint.store, folder, file)]
+    flat: dict[str, Any] = {f"{kind}.{name}": torch.empty(math.prod(manifest.parameters[name])) for name in names}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as we asked
-        dcp_load(flat, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
-    return {name: flat[f"{MASTER}.{name}"].view(shape) for name, shape in shapes.items()}
+        dcp_load(flat, storage_reader=ShardReader(checkpoint.store, folder, ranges), no_dist=True)
+    return {name: flat[f"{kind}.{name}"] for name in names}
 
 
-def _accept(checkpoint: Path, engine: Any, plan: Plan) -> Manifest:
-    """The manifest, once it fits the run and this rank's part of the files is whole."""
-    manifest = read(checkpoint)
+def read_together(checkpoint: Checkpoint, doing: str, group: Group) -> Manifest:
+    """The manifest, as rank 0 reads it. Collective; raises as `manifest.read`, on all ranks."""
+    manifest = together(doing, lambda: read(checkpoint) if dist.get_rank(group) == 0 else None, group)[0]
+    assert manifest is not None
+    return manifest
+
+
+def _accept(
+    checkpoint: Checkpoint, manifest: Manifest, engine: Any, plan: Plan, group: Group
+) -> tuple[list[str], list[Range]]:
+    """What is wrong with this rank's part of the files, and what is in them, once the manifest fits the run."""
     if manifest.trajectory != plan.trajectory.hash():
         raise CheckpointError(
             f"{checkpoint} belongs to another trajectory (model, data, seed, batch, optimizer or schedule differ)",
             hint="resume with the run's own recipe, or start a new run from its exported model",
         )
+    refuse_other_cut(plan, dist.get_world_size(), manifest.layout, manifest.world_size)
     ours, stored = parameter_shapes(engine), manifest.parameters
     if differing := sorted(name for name in ours.keys() | stored.keys() if ours.get(name) != stored.get(name)):
         shown = ", ".join(f"{name} ({stored.get(name)}, not {ours.get(name)})" for name in differing[:3])
@@ -68,6 +119,10 @@ def _accept(checkpoint: Path, engine: Any, plan: Plan) -> Manifest:
             f"{checkpoint} does not hold what the model trains: {shown}{' ...' if len(differing) > 3 else ''}",
             hint="resume with the model and method of the run",
         )
-    if wrong := damage(checkpoint, manifest, slice(dist.get_rank(), None, dist.get_world_size())):
-        raise damaged(checkpoint, wrong)
-    return manifest
+    if wrong := misplaced(checkpoint, manifest):
+        return wrong, []
+    mine = sorted(manifest.files)[dist.get_rank(group) :: dist.get_world_size(group)]
+    if wrong := changed(checkpoint, manifest, mine):
+        return wrong, []
+    folder = folder_of(checkpoint, manifest)
+    return [], [one for file in mine for one in ranges_of(checkpoint.store, folder, file)]

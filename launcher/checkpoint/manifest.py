@@ -7,18 +7,20 @@ byte anywhere is found.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from launcher.checkpoint.layout import COMMIT, MANIFEST, SHARD_SUFFIX, committed
-from launcher.errors import CheckpointError
+from launcher.checkpoint.layout import COMMIT, MANIFEST, SHARD_SUFFIX, Checkpoint, committed
+from launcher.checkpoint.lease import Attempt
+from launcher.errors import CheckpointError, DamagedCheckpoint
+from launcher.store.store import Store
 
-_BLOCK_BYTES = 1 << 20
+FORMAT = 2
 
 
 class ShardFile(BaseModel):
@@ -35,11 +37,13 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="constants")
 
-    format: int = 1
+    format: int = FORMAT
     step: int
     """Optimizer steps taken."""
-    attempt: int
-    """The lease's attempt that wrote it."""
+    attempt: str
+    """The attempt that wrote it."""
+    plan: str
+    """Hash of the whole Plan at the time."""
     trajectory: str
     """Hash of the Plan's trajectory: the checkpoint fits this and no other."""
     layout: dict[str, Any]
@@ -58,96 +62,117 @@ class Manifest(BaseModel):
         return self.model_dump_json(indent=2).encode() + b"\n"
 
 
-def read(checkpoint: Path) -> Manifest:
+class Commit(BaseModel):
+    """What COMMIT says."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    attempt: str
+    """Whose files the checkpoint is made of."""
+    manifest_sha256: str
+
+    @classmethod
+    def to(cls, manifest: Manifest) -> bytes:
+        """The content of COMMIT for a manifest."""
+        digest = hashlib.sha256(manifest.to_json()).hexdigest()
+        return cls(attempt=manifest.attempt, manifest_sha256=digest).model_dump_json().encode() + b"\n"
+
+
+def read(checkpoint: Checkpoint) -> Manifest:
     """The manifest of a committed checkpoint.
 
     Raises CheckpointError where COMMIT or the manifest is missing, or does not fit the other.
     """
-    damage = f"{checkpoint} is damaged"
+    store = checkpoint.store
     try:
-        promised = (checkpoint / COMMIT).read_text(encoding="utf-8").strip()
-        content = (checkpoint / MANIFEST).read_bytes()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{damage}: {error}", hint="use an older checkpoint of the run") from error
-    if hashlib.sha256(content).hexdigest() != promised:
-        raise CheckpointError(
-            f"{damage}: {MANIFEST} is not the one {COMMIT} names", hint="use an older checkpoint of the run"
-        )
+        promised = Commit.model_validate_json(store.read(checkpoint.commit))
+        staging = checkpoint.staging(Attempt.parse(promised.attempt))
+    except ValueError as error:  # pydantic's own is one
+        raise damaged(checkpoint, [f"{COMMIT}: content changed"]) from error
+    except OSError as error:
+        raise damaged(checkpoint, [_in_words(error)]) from error
     try:
-        return Manifest.model_validate_json(content)
-    except ValidationError as error:
+        content = store.read(f"{staging}/{MANIFEST}")
+    except FileNotFoundError as error:
+        wrong = f"{MANIFEST} of attempt {promised.attempt}, which {COMMIT} names, is missing"
+        raise damaged(checkpoint, [wrong]) from error
+    except OSError as error:
+        raise damaged(checkpoint, [f"{MANIFEST}: {_in_words(error)}"]) from error
+    if hashlib.sha256(content).hexdigest() != promised.manifest_sha256:
+        raise damaged(checkpoint, [f"{MANIFEST} is not the one that {COMMIT} names"])
+    if (found := json.loads(content).get("format")) != FORMAT:
         raise CheckpointError(
-            f"{checkpoint} was written by another version of Slipway",
+            f"{checkpoint} is of format {found}, not {FORMAT}: another version of Slipway wrote it",
             hint="use the version named in the run's plan.json",
-        ) from error
+        )
+    return Manifest.model_validate_json(content)
 
 
-def measure(path: Path) -> ShardFile:
-    """Size and SHA-256 of a file. Raises OSError."""
+def folder_of(checkpoint: Checkpoint, manifest: Manifest) -> str:
+    """Where the files of a committed checkpoint are."""
+    return checkpoint.staging(Attempt.parse(manifest.attempt))
+
+
+def measure(checkpoint: Checkpoint, manifest: Manifest, name: str) -> str | None:
+    """What is wrong with the content of one file; None where it is the one that was committed."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK_BYTES):
+    try:
+        for block in checkpoint.store.blocks(f"{folder_of(checkpoint, manifest)}/{name}"):
             digest.update(block)
-        return ShardFile(bytes=file.tell(), sha256=digest.hexdigest())
+    except (OSError, EOFError) as error:
+        return f"{name}: {_in_words(error)}"
+    return None if digest.hexdigest() == manifest.files[name].sha256 else f"{name}: content changed"
 
 
-def measure_all(paths: Iterable[Path]) -> dict[str, ShardFile]:
-    """`measure` of each, by name; several at once, because hashing releases the interpreter's lock."""
-    paths = list(paths)
+def misplaced(checkpoint: Checkpoint, manifest: Manifest) -> list[str]:
+    """What is wrong with a checkpoint's files to look at, without reading them: missing, or of another size."""
+    there = checkpoint.store.sizes(folder_of(checkpoint, manifest))
+    wrong = [
+        f"{name}: {there[name]} bytes instead of {promised.bytes}" if name in there else f"{name}: missing"
+        for name, promised in sorted(manifest.files.items())
+        if there.get(name) != promised.bytes
+    ]
+    strays = sorted(name for name in there if name.endswith(SHARD_SUFFIX) and name not in manifest.files)
+    return wrong + [f"{name}: not in the manifest" for name in strays]
+
+
+def changed(checkpoint: Checkpoint, manifest: Manifest, names: Sequence[str]) -> list[str]:
+    """Which of these files do not hold what was committed; several are read at once, hashing releases the
+    interpreter's lock."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return dict(zip((path.name for path in paths), pool.map(measure, paths), strict=True))
+        found = pool.map(lambda name: measure(checkpoint, manifest, name), names)
+        return [wrong for wrong in found if wrong is not None]
 
 
-def damage(checkpoint: Path, manifest: Manifest, part: slice = slice(None)) -> list[str]:
-    """What is wrong with a checkpoint's files, a line each; empty where all is well.
-
-    Names and sizes of all files are compared; contents of those in `part` of the sorted names, so that ranks can share
-    the reading.
-    """
-    wrong = []
-    there = {path.name: path for path in checkpoint.iterdir() if path.suffix == SHARD_SUFFIX}
-    # A loader reads every shard it sees, so a stray one is as bad as a missing one.
-    wrong += [f"{name}: not in the manifest" for name in sorted(there.keys() - manifest.files.keys())]
-    whole = []
-    for name, promised in sorted(manifest.files.items()):
-        if name not in there:
-            wrong.append(f"{name}: missing")
-        elif (size := there[name].stat().st_size) != promised.bytes:
-            wrong.append(f"{name}: {size} bytes instead of {promised.bytes}")
-        else:
-            whole.append(name)
-    names = set(sorted(manifest.files)[part])
-    measured = measure_all(there[name] for name in whole if name in names)
-    return wrong + [f"{name}: content changed" for name, found in measured.items() if found != manifest.files[name]]
-
-
-def verify(checkpoint: Path) -> Manifest:
+def verify(checkpoint: Checkpoint) -> Manifest:
     """Read all of a checkpoint and compare it with its manifest, which is returned.
 
     Raises CheckpointError that names every damaged file.
     """
     manifest = read(checkpoint)
     try:
-        wrong = damage(checkpoint, manifest)
+        wrong = misplaced(checkpoint, manifest)
     except OSError as error:
-        wrong = [str(error)]
+        wrong = [_in_words(error)]
+    ill = {line.partition(":")[0] for line in wrong}
+    wrong += changed(checkpoint, manifest, [name for name in sorted(manifest.files) if name not in ill])
     if wrong:
         raise damaged(checkpoint, wrong)
     return manifest
 
 
-def damaged(checkpoint: Path, wrong: Iterable[str]) -> CheckpointError:
+def damaged(checkpoint: Checkpoint, wrong: Iterable[str]) -> DamagedCheckpoint:
     """The error for a checkpoint with these wrongs."""
-    return CheckpointError(f"{checkpoint} is damaged: {'; '.join(wrong)}", hint="use an older checkpoint of the run")
+    return DamagedCheckpoint(f"{checkpoint} is damaged: {'; '.join(wrong)}", hint="use an older checkpoint of the run")
 
 
-def newest_sound(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest committed checkpoint that is whole, and a message for each newer, damaged one.
+def newest_sound(store: Store) -> tuple[Checkpoint | None, list[str]]:
+    """The newest committed checkpoint of a store that is whole, and a message for each newer, damaged one.
 
     Reads the checkpoint's every byte: ask once, on one rank.
     """
     messages = []
-    for checkpoint in reversed(committed(run_dir)):
+    for checkpoint in reversed(committed(store)):
         try:
             verify(checkpoint)
         except CheckpointError as error:
@@ -155,3 +180,9 @@ def newest_sound(run_dir: Path) -> tuple[Path | None, list[str]]:
         else:
             return checkpoint, messages
     return None, messages
+
+
+def _in_words(error: BaseException) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"{str(error.filename or error).rpartition('/')[2]} is missing"
+    return str(error).splitlines()[0]

@@ -2,70 +2,103 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-import shutil
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-from launcher.checkpoint.durable import sync_folder
-from launcher.checkpoint.layout import committed, removed_dir, rubbish, staging
-from launcher.checkpoint.lease import current_attempt
+from launcher.checkpoint.layout import Checkpoint, committed, steps
+from launcher.checkpoint.lease import Attempt, fence
 from launcher.checkpoint.manifest import newest_sound, read
 from launcher.errors import CheckpointError, SlipwayError
+from launcher.store.store import Store
 
 log = logging.getLogger(__name__)
 
 
-def retain(run_dir: Path, keep_last: int, keep_best: int) -> list[Path]:
+@dataclass(frozen=True)
+class Keep:
+    """What a run keeps; the newest sound checkpoint stays in any case."""
+
+    last: int
+    """So many of the newest."""
+    best: int = 0
+    """So many of lowest `progress["eval_loss"]`."""
+    every: int | None = None
+    """All whose step is a multiple of this."""
+
+
+def retain(store: Store, keep: Keep, attempt: Attempt, trusted: Checkpoint | None = None) -> list[Checkpoint]:
     """Delete what is superseded; the checkpoints deleted are returned.
 
-    Kept: the `keep_last` newest, the `keep_best` of lowest `progress["eval_loss"]`, always the newest one, and always
-    the newest that is sound, which is looked for (every byte read) only where something is to be deleted. What crashes
-    left goes too: half-deleted and never committed checkpoints, and staging folders of attempts before the current one.
+    Kept beside what `keep` says: the newest one, and the newest that is sound. That is `trusted`, which the caller has
+    just written, if it is the newest; otherwise it is looked for, every byte read, where something is to be deleted.
+    What crashes left goes too: whatever `attempt` or one before it staged and nobody committed.
 
-    Call it on one rank, where no save is under way. What cannot be deleted is logged and stays; no run ends for that.
+    Call it on one rank, where this attempt has no save under way. What cannot be deleted is logged and stays; no run
+    ends for that.
     """
-    there = committed(run_dir)
-    kept = set(there[-max(keep_last, 1) :]) | set(_best(there, keep_best))
+    there = committed(store)
+    kept = set(there[-max(keep.last, 1) :]) | set(_best(there, keep.best))
+    kept |= {checkpoint for checkpoint in there if keep.every and checkpoint.step % keep.every == 0}
     superseded = [checkpoint for checkpoint in there if checkpoint not in kept]
-    if superseded:
-        sound, _ = newest_sound(run_dir)
+    if superseded and trusted != there[-1]:
+        sound, _ = newest_sound(store)
         superseded = [checkpoint for checkpoint in superseded if checkpoint != sound]
-    try:
+    gone = []
+    with _logged(store):
+        fence(store, attempt)
         for checkpoint in superseded:
-            remove(checkpoint)
-        for folder in rubbish(run_dir):
-            shutil.rmtree(folder)
-        sweep_staging(run_dir, before=current_attempt(run_dir) or 0)
+            with _logged(checkpoint):
+                remove(checkpoint)
+                gone.append(checkpoint)
+        for checkpoint in steps(store):
+            with _logged(checkpoint):
+                _sweep(checkpoint, attempt)
+    return gone
+
+
+def remove(checkpoint: Checkpoint) -> None:
+    """Delete a checkpoint. Without COMMIT it is none, so no crash leaves half of one. Raises OSError."""
+    checkpoint.store.remove(checkpoint.commit)
+    checkpoint.store.remove(checkpoint.folder)
+
+
+def _sweep(checkpoint: Checkpoint, attempt: Attempt) -> None:
+    """Delete what was staged for this step and is no part of a checkpoint. A later attempt's is left to it."""
+    attempts = checkpoint.attempts()
+    committed_by = None
+    if checkpoint.is_committed():
+        try:
+            committed_by = read(checkpoint).attempt
+        except CheckpointError:
+            return  # damaged: what of it can be saved is not for us to judge
+    for other in attempts:
+        if other <= attempt and str(other) != committed_by:
+            checkpoint.store.remove(checkpoint.staging(other))
+    if committed_by is None and all(other <= attempt for other in attempts):
+        checkpoint.store.remove(checkpoint.folder)
+
+
+@contextlib.contextmanager
+def _logged(place: Store | Checkpoint) -> Iterator[None]:
+    """One that cannot be deleted keeps no other from going."""
+    try:
+        yield
     except (OSError, SlipwayError) as error:
-        log.warning("old checkpoints stay: %s", error)
-    return superseded
+        log.warning("old checkpoints stay in %s: %s", place, error)
 
 
-def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint. One renaming makes it none, so no crash leaves half of it committed. Raises OSError."""
-    grave = removed_dir(checkpoint)
-    if grave.exists():
-        shutil.rmtree(grave)
-    checkpoint.rename(grave)
-    sync_folder(grave.parent)
-    shutil.rmtree(grave)
+def _best(checkpoints: list[Checkpoint], count: int) -> list[Checkpoint]:
+    if not count:
+        return []
+    scored = [(loss, checkpoint.step) for checkpoint in checkpoints if (loss := _eval_loss(checkpoint)) is not None]
+    best = {step for _, step in sorted(scored)[:count]}
+    return [checkpoint for checkpoint in checkpoints if checkpoint.step in best]
 
 
-def sweep_staging(run_dir: Path, before: int) -> None:
-    """Delete the staging folders of attempts lower than `before`. Raises OSError."""
-    for folder, attempt in staging(run_dir):
-        if attempt < before:
-            # An orphan of that attempt may still be writing there: what it adds meanwhile goes next time.
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _best(checkpoints: list[Path], count: int) -> list[Path]:
-    scored = [(loss, checkpoint) for checkpoint in checkpoints if (loss := _eval_loss(checkpoint)) is not None]
-    return [checkpoint for _, checkpoint in sorted(scored)[:count]]
-
-
-def _eval_loss(checkpoint: Path) -> float | None:
+def _eval_loss(checkpoint: Checkpoint) -> float | None:
     try:
         loss = read(checkpoint).progress.get("eval_loss")
     except CheckpointError:

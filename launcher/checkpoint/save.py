@@ -1,135 +1,142 @@
-"""Writing a checkpoint: staging, shards, manifest, rename, and COMMIT last."""
+"""Writing a checkpoint: shards, then manifest, then COMMIT."""
 
 from __future__ import annotations
 
-import hashlib
-import shutil
+import contextlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from launcher.checkpoint.durable import sync_folder, write_synced
-from launcher.checkpoint.layout import (
-    COMMIT,
-    MANIFEST,
-    checkpoint_dir,
-    checkpoints_dir,
-    is_committed,
-    staging_dir,
-)
-from launcher.checkpoint.lease import current_attempt
-from launcher.checkpoint.manifest import Manifest, ShardFile, verify
-from launcher.checkpoint.retain import remove, sweep_staging
+from launcher.checkpoint.layout import MANIFEST, Checkpoint
+from launcher.checkpoint.lease import Attempt, fence
+from launcher.checkpoint.manifest import Commit, Manifest, ShardFile, verify
 from launcher.checkpoint.shards import FlatShard, optimizer_step, parameter_shapes, training_state
 from launcher.checkpoint.storage import ShardWriter
 from launcher.checkpoint.together import together
 from launcher.errors import CheckpointError, RunFolderError, SlipwayError
 from launcher.plan.plan import Plan
+from launcher.store.store import Store
+
+Group = dist.ProcessGroup | None
 
 
-def save(run_dir: Path, step: int, attempt: int, engine: Any, progress: dict[str, object], plan: Plan) -> Path:
-    """Save the training state after `step` optimizer steps; the committed checkpoint's folder. Collective.
+def save(
+    store: Store, step: int, attempt: Attempt, engine: Any, progress: dict[str, object], plan: Plan, group: Group = None
+) -> Checkpoint:
+    """Save the training state after `step` optimizer steps; the committed checkpoint. Collective.
 
-    `attempt` is the lease's, 0 where nobody holds one (plain torchrun). `progress` is JSON and comes back from `load`
-    as it is; rank 0's is stored. A step that is committed already is not written again, unless it is damaged.
+    `progress` is JSON and comes back from `load` as it is; rank 0's is stored. A step that is committed already is not
+    written again, unless it is damaged.
 
     Raises the same CheckpointError or RunFolderError on all ranks where any rank fails; what was committed before
     stays.
     """
+    return write(store, own_shards(engine), attempt, describe(step, attempt, engine, progress, plan), group)
+
+
+def own_shards(engine: Any) -> dict[str, FlatShard]:
+    """What this rank writes of the training state, as views of it.
+
+    Every rank holds all of a replicated shard; each writes its share, so that the disks share the work too.
+    """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    # Every rank holds all of a replicated shard; each writes its share, so that the disks share the work too.
     shards = {name: shard.share(rank, world_size) for name, shard in training_state(engine).items()}
-    described = Manifest(
+    return {name: shard for name, shard in shards.items() if shard.held.numel()}
+
+
+def describe(step: int, attempt: Attempt, engine: Any, progress: dict[str, object], plan: Plan) -> Manifest:
+    """The manifest of what is about to be saved, all but its files."""
+    return Manifest(
         step=step,
-        attempt=attempt,
+        attempt=str(attempt),
+        plan=plan.hash(),
         trajectory=plan.trajectory.hash(),
         layout=plan.layout.model_dump(mode="json"),
-        world_size=world_size,
+        world_size=dist.get_world_size(),
         optimizer_step=optimizer_step(engine),
         parameters=parameter_shapes(engine),
         progress=progress,
         files={},
     )
-    return write(run_dir, shards, described)
 
 
 def write(
-    run_dir: Path, shards: Mapping[str, FlatShard], described: Manifest, group: dist.ProcessGroup | None = None
-) -> Path:
-    """Write `shards` as the checkpoint that `described` describes, all but its files; its folder. Collective.
+    store: Store, shards: Mapping[str, FlatShard], attempt: Attempt, described: Manifest, group: Group = None
+) -> Checkpoint:
+    """Write `shards` as the checkpoint that `described` describes. Collective.
 
     Needs no engine: shards over copied buffers may be written beside training, on a `group` of their own.
     Raises as `save` does.
     """
     rank = dist.get_rank(group)
-    final = checkpoint_dir(run_dir, described.step)
-    staging = staging_dir(run_dir, described.step, described.attempt)
-    doing = f"checkpoint of step {described.step}"
+    checkpoint = Checkpoint(store, described.step)
+    staging = checkpoint.staging(attempt)
+    doing = saving(described)
 
     def on_rank_0(action: Callable[[], bool | None]) -> bool:
         return bool(together(doing, lambda: action() if rank == 0 else None, group)[0])
 
-    if on_rank_0(lambda: _is_there(final)):
-        return final
+    if on_rank_0(lambda: is_sound(checkpoint)):
+        return checkpoint
     try:
-        on_rank_0(lambda: _open_staging(run_dir, staging, described.attempt))
-        written = together(doing, lambda: _write_shards(shards, staging, rank, group), group)
+        on_rank_0(lambda: _open_staging(checkpoint, attempt))
+        written = together(doing, lambda: _write_shards(shards, store, staging, rank, group), group)
         files = {name: file for part in written for name, file in part.items()}
-        on_rank_0(lambda: _commit(run_dir, staging, final, described.model_copy(update={"files": files})))
+        on_rank_0(lambda: _commit(checkpoint, attempt, described.model_copy(update={"files": files})))
     except SlipwayError:
         if rank == 0:
-            shutil.rmtree(staging, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                store.remove(staging)
         raise
-    return final
+    return checkpoint
 
 
-def _is_there(final: Path) -> bool:
-    if not is_committed(final):
+def saving(described: Manifest) -> str:
+    """How a message about a save begins."""
+    return f"checkpoint of step {described.step}"
+
+
+def is_sound(checkpoint: Checkpoint) -> bool:
+    """Whether it is committed and every byte of it is as it was written."""
+    if not checkpoint.is_committed():
         return False
     try:
-        verify(final)
+        verify(checkpoint)
     except CheckpointError:
         return False
     return True
 
 
-def _open_staging(run_dir: Path, staging: Path, attempt: int) -> None:
-    if not run_dir.is_dir():
-        raise RunFolderError(f"the run's folder {run_dir} has vanished", hint="check that its disk is mounted")
-    _fence(run_dir, attempt)
-    # Within an attempt one save is under way at a time, so whatever lies there is what a crash left.
-    sweep_staging(run_dir, before=attempt + 1)
-    staging.mkdir(parents=True)
-    sync_folder(run_dir)
+def _open_staging(checkpoint: Checkpoint, attempt: Attempt) -> None:
+    if not checkpoint.store.is_there():
+        raise RunFolderError(f"{checkpoint.store} has vanished", hint="check that its disk is mounted")
+    fence(checkpoint.store, attempt)
+    # Within an attempt one save is under way at a time, so whatever lies there is what a failure left.
+    checkpoint.store.remove(checkpoint.staging(attempt))
 
 
 def _write_shards(
-    shards: Mapping[str, FlatShard], staging: Path, rank: int, group: dist.ProcessGroup | None
+    shards: Mapping[str, FlatShard], store: Store, staging: str, rank: int, group: Group
 ) -> dict[str, ShardFile]:
-    writer = ShardWriter(staging, rank)
+    writer = ShardWriter(store, staging, rank)
     dcp_save(dict(shards), storage_writer=writer, process_group=group)
     return writer.written
 
 
-def _commit(run_dir: Path, staging: Path, final: Path, manifest: Manifest) -> None:
-    content = manifest.to_json()
-    write_synced(staging / MANIFEST, content)
-    _fence(run_dir, manifest.attempt)
-    if final.exists():  # damaged, or never committed
-        remove(final)
-    staging.rename(final)
-    sync_folder(checkpoints_dir(run_dir))
-    write_synced(final / COMMIT, hashlib.sha256(content).hexdigest().encode() + b"\n")
-
-
-def _fence(run_dir: Path, attempt: int) -> None:
-    """An orphan of an earlier attempt must not commit over its successor's work. Attempt 0 runs without a lease."""
-    current = current_attempt(run_dir)
-    if attempt and current is not None and current > attempt:
-        raise CheckpointError(
-            f"attempt {attempt} may no longer save: attempt {current} has taken {run_dir} over",
-            hint="stop this launcher, the other one goes on",
-        )
+def _commit(checkpoint: Checkpoint, attempt: Attempt, manifest: Manifest) -> None:
+    """The order is what makes it safe: all shards are durable by now, the manifest is next, COMMIT the last."""
+    store, staging = checkpoint.store, checkpoint.staging(attempt)
+    store.write(f"{staging}/{MANIFEST}", manifest.to_json())
+    # An orphan of an earlier attempt must not commit. Should it still, because it was overtaken after this line, then
+    # it commits a sound checkpoint of the same trajectory, in files of its own.
+    fence(store, attempt)
+    for _ in range(2):
+        if store.create(checkpoint.commit, Commit.to(manifest)):
+            return
+        if is_sound(checkpoint):  # another attempt has just committed this step
+            store.remove(staging)
+            return
+        store.remove(checkpoint.commit)  # of a damaged checkpoint, which ours replaces
+    raise CheckpointError(f"{checkpoint} is being committed by somebody else")

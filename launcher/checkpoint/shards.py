@@ -1,8 +1,8 @@
 """The bridge between ZeRO's flat partitions and DCP: what this rank holds, as ranges of flattened parameters.
 
 Every stage of ZeRO cuts the flattened parameters differently, and DeepSpeed keeps the pieces in a different class for
-each. In a checkpoint there is only `<kind>.<parameter's name>`, a flat fp32 tensor of the whole parameter, with kind
-`master`, `exp_avg` or `exp_avg_sq`; DCP stores ranges of it and re-cuts them for whoever loads.
+each. In a checkpoint there is only `<kind>.<parameter's name>`, a flat tensor of the whole parameter, with kind
+`master` (fp32) or one of `moments`; DCP stores ranges of it and re-cuts them for whoever loads.
 
     stage  dtype  engine.optimizer            masters
     0      fp32   the AdamW itself            the parameters
@@ -23,10 +23,10 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from launcher.checkpoint.moments import allocated, like_master, scales
 from launcher.errors import CheckpointError
 
 MASTER = "master"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class FlatShard(torch.Tensor):
@@ -109,17 +109,25 @@ def parameter_shapes(engine: Any) -> dict[str, tuple[int, ...]]:
 def training_state(engine: Any) -> dict[str, FlatShard]:
     """`<kind>.<name>` of everything this rank holds of the training state, to be written or overwritten in place.
 
-    Shapes: flat ranges of the flattened parameters, fp32. Optimizer state that does not exist yet (before the first
-    step) is created, all zeros. Raises CheckpointError for an optimizer whose state cannot be re-cut.
+    Shapes: flat ranges of the flattened parameters. Optimizer state that does not exist yet (before the first step) is
+    created, all zeros. Raises CheckpointError for an optimizer whose state cannot be saved.
     """
-    moments = _allocate_moments(engine)
-    state = {}
+    masters = _masters(engine)
+    states = allocated(engine, masters)
+    shards = {}
     for fragment in _fragments(engine):
-        owner = moments[fragment.master]
-        for kind, tensor in ((MASTER, fragment.master), *((kind, owner[kind]) for kind in MOMENTS)):
+        for kind, tensor in {MASTER: fragment.master, **like_master(states[fragment.master])}.items():
             held = tensor.detach().view(-1).narrow(0, fragment.offset, fragment.numel)
-            state[f"{kind}.{fragment.name}"] = FlatShard(held, fragment.start, fragment.full_numel, fragment.replicated)
-    return state
+            shards[f"{kind}.{fragment.name}"] = FlatShard(
+                held, fragment.start, fragment.full_numel, fragment.replicated
+            )
+    # Scales belong to blocks of a rank's own masters, so they are named by rank; at stage 0 all have the same.
+    replicated = engine.zero_optimization_stage() == 0
+    owner = "all" if replicated else f"rank{dist.get_rank():05d}"
+    for index, master in enumerate(masters):
+        for kind, tensor in scales(states[master]).items():
+            shards[f"{kind}.{owner}.{index}"] = FlatShard(tensor, 0, tensor.numel(), replicated)
+    return shards
 
 
 def optimizer_step(engine: Any) -> int:
@@ -130,7 +138,7 @@ def optimizer_step(engine: Any) -> int:
 
 def set_optimizer_step(engine: Any, step: int) -> None:
     """Overwrite AdamW's count, which its bias correction depends on."""
-    for state in _allocate_moments(engine).values():
+    for state in allocated(engine, _masters(engine)).values():
         state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else step
 
 
@@ -201,28 +209,3 @@ def _whole_masters(engine: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Tens
             f"the state of {type(optimizer).__name__} cannot be saved",
             hint="use parallel.zero 1, 2 or 3, or train.dtype fp32",
         )
-
-
-def _allocate_moments(engine: Any) -> dict[torch.Tensor, dict[str, Any]]:
-    """AdamW's state by master, created as AdamW would at its first step.
-
-    Taking a step instead, even on zero gradients, would decay the weights.
-    """
-    optimizer = engine.basic_optimizer
-    is_torch = isinstance(optimizer, torch.optim.AdamW)
-    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-    states = {}
-    for master in _masters(engine):
-        state = optimizer.state[master]
-        if not state:
-            # DeepSpeedCPUAdam counts in a plain int, torch in a tensor that its fused kernels want beside the weights.
-            counter = torch.zeros((), dtype=torch.float32, device=master.device if on_device else "cpu")
-            state["step"] = counter if is_torch else 0
-            state |= {kind: torch.zeros_like(master, requires_grad=False) for kind in MOMENTS}
-        if not all(kind in state and state[kind].shape == master.shape for kind in MOMENTS):
-            raise CheckpointError(
-                f"the state of {type(optimizer).__name__} is not laid out like the weights and cannot be re-cut",
-                hint="use optimizer.name adamw",
-            )
-        states[master] = state
-    return states

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,9 +13,11 @@ import typer
 from launcher.cli import render
 from launcher.errors import ModelError
 
+ADAPTERS = "adapter_config.json"
+
 
 def command(
-    model: Annotated[Path, typer.Argument(metavar="RUN|FOLDER", help="A run's folder, or a model folder")],
+    model: Annotated[str, typer.Argument(metavar="RUN|FOLDER", help="A run's folder or URL, or a model folder")],
     prompt: Annotated[
         list[str] | None, typer.Argument(metavar="PROMPT", help="Answer this and end, instead of a conversation")
     ] = None,
@@ -21,10 +25,8 @@ def command(
     temperature: Annotated[float, typer.Option("--temperature", help="0 takes the most likely token")] = 0.0,
 ) -> None:
     """Talk to a finished run or a model folder. Reads lines from the terminal or a pipe; an empty line starts over."""
-    folder = model / "model" if (model / "plan.json").exists() else model
-    if not folder.is_dir():
-        raise ModelError(f"{folder} does not exist", hint=f"write it with slipway export {model}")
-    speaker = Speaker(folder, max_new_tokens, temperature)
+    with tempfile.TemporaryDirectory(prefix="slipway-") as scratch:
+        speaker = Speaker(model_folder(model, Path(scratch)), max_new_tokens, temperature)
     if prompt:
         print(speaker.answer([{"role": "user", "content": " ".join(prompt)}]))
         return
@@ -47,6 +49,47 @@ def command(
         print(answer, flush=True)
 
 
+def model_folder(model: str, scratch: Path) -> Path:
+    """The model folder of a run, or the one that is named; what must be made anew for it is made in `scratch`.
+
+    Raises:
+        ModelError: there is none.
+        RunFolderError: the run's store cannot be read.
+    """
+    from launcher.driver import remote
+    from launcher.driver.resume import existing_plan
+    from launcher.driver.start import holds_run
+    from launcher.store.location import is_url
+
+    if not is_url(model) and not (Path(model) / "plan.json").exists():
+        folder, plan = Path(model), None
+    elif not holds_run(model):
+        raise ModelError(f"{model} holds no run", hint="slipway runs lists them")
+    else:
+        plan = existing_plan(model)
+        remote.fetch(plan, remote.MODEL)
+        folder = Path(plan.run_dir) / remote.MODEL
+    if not folder.is_dir():
+        raise ModelError(f"{folder} does not exist", hint=f"write it with slipway export {model}")
+    if plan is None or plan.trajectory.model.source != "scratch" or not (folder / ADAPTERS).exists():
+        return folder
+    remote.fetch(plan, "base")
+    return over_base(folder, plan.trajectory.model.path, scratch)
+
+
+def over_base(folder: Path, base: str, scratch: Path) -> Path:
+    """An adapter folder whose base lies in its run, which may have been moved since: the same files by links, but for
+    the one that names the base."""
+    adapters = json.loads((folder / ADAPTERS).read_text(encoding="utf-8"))
+    if adapters["base_model_name_or_path"] == base:
+        return folder
+    for file in folder.resolve().iterdir():
+        if file.name != ADAPTERS:
+            (scratch / file.name).symlink_to(file)
+    (scratch / ADAPTERS).write_text(json.dumps(adapters | {"base_model_name_or_path": base}), encoding="utf-8")
+    return scratch
+
+
 class Speaker:
     """A model folder that answers conversations."""
 
@@ -57,7 +100,7 @@ class Speaker:
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        if (folder / "adapter_config.json").exists():
+        if (folder / ADAPTERS).exists():
             from peft import AutoPeftModelForCausalLM
 
             from launcher.export.verify import adapter_arguments

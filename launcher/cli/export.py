@@ -21,12 +21,17 @@ def command(
     """Write a run's model folder again, checked against the trained model."""
     from launcher.cli import render
     from launcher.cli.launch import conclude, export
-    from launcher.driver.resume import existing_plan
+    from launcher.driver import remote
+    from launcher.driver.resume import existing_plan, ready_again
 
-    run_dir = run.expanduser().resolve()
-    plan = existing_plan(run_dir)
-    folder = (out or run_dir / "model").expanduser().resolve()
+    plan = existing_plan(run)
+    own = Path(plan.run_dir) / remote.MODEL
+    folder = out.expanduser().resolve() if out else own
+    with render.err().status("checking the base model and the data"):
+        plan = ready_again(plan)
     report = export(plan, folder, plan.lifecycle.merge if merge is None else merge)
+    if folder == own:
+        remote.send_model(plan)
     if as_json:
         render.print_json(report)
     else:

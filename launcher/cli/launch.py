@@ -1,55 +1,144 @@
-"""What `run` and `resume` share: connect, hold the run's lease, train, export, say where the model is."""
+"""What `run` and `resume` share: connect, train, export, say where the model is."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from launcher.checkpoint.lease import acquire
+from launcher.checkpoint.lease import Lease, acquire
 from launcher.cli import render
 from launcher.cli.progress import RunDisplay
+from launcher.driver import remote
 from launcher.driver.connect import connected
+from launcher.driver.resume import continued, has_finished, ready_again, refuse_other_recipe, run_recipe, run_to_resume
+from launcher.driver.shared_folder import check_shared
+from launcher.driver.signals import ends_on_signals, kept
 from launcher.driver.trainer import fit
 from launcher.errors import RunFailed, SlipwayError
 from launcher.plan.facts import ClusterFacts
 from launcher.plan.plan import Plan
+from launcher.recipe.load import LoadedRecipe
 from launcher.recipe.origin import shown
+from launcher.store.location import is_url, open_store
 from launcher.train.metrics import read
 from launcher.train.verdict import Verdict
 
 
-def launch(run_dir: Path, address: str | None, make_plan: Callable[[ClusterFacts], Plan]) -> None:
-    """Train in `run_dir` as `make_plan` decides once the cluster is known, then export.
+def launch(
+    lease: Lease, address: str | None, make_plan: Callable[[ClusterFacts], Plan], hint: str | None = None
+) -> None:
+    """Train as `make_plan` decides once the cluster is known, then export. `hint` is for a stop before training.
 
     Raises:
-        RunFolderError: another launcher holds the run.
         ClusterError: the cluster cannot be reached or cannot hold the run.
         RunFailed: the run failed; Interrupted: it was stopped and saved.
     """
-    with acquire(run_dir) as lease:
-        with connected(address) as cluster:
-            plan = make_plan(cluster)
-            introduce(plan)
-            with RunDisplay(plan, render.err()) as display:
-                verdict = fit(plan, lease.attempt, display)
+    with ExitStack() as stack:
+        with kept():
+            cluster = stack.enter_context(connected(address))
+        # Once more: Ray has put a handler of its own in the place of ours.
+        stack.enter_context(ends_on_signals("stopped before training began", hint))
+        plan = make_plan(cluster)
+        introduce(plan)
+        with RunDisplay(plan, render.err()) as display:
+            try:
+                verdict = fit(plan, lease.launch, display)
+            except RunFailed:
+                with suppress(SlipwayError):  # the logs, for whoever looks for the cause on another machine
+                    remote.finish(plan)
+                raise
+    with ends_on_signals("stopped before the model was exported", hint=f"slipway export {plan.location}"):
+        conclude_training(plan, verdict)
+
+
+def conclude_training(plan: Plan, verdict: Verdict) -> None:
+    """Export what was trained, and say so. Raises what a verdict calls for."""
+    try:
+        remote.collect(plan)
         settle(verdict)
         if verdict.kind == "out_of_time":
             render.note(verdict.message)
+        report = None
         if plan.lifecycle.export:
-            report = export(plan, run_dir / "model", plan.lifecycle.merge)
-            conclude(plan, report)
+            report = export(plan, Path(plan.run_dir) / remote.MODEL, plan.lifecycle.merge)
+    except SlipwayError:
+        with suppress(SlipwayError):
+            remote.finish(plan)
+        raise
+    remote.finish(plan)
+    if report is not None:
+        conclude(plan, report)
+
+
+def go_on(plan: Plan, address: str | None, make_plan: Callable[[Plan, ClusterFacts], Plan]) -> None:
+    """Resume a run, held for as long as this takes; `make_plan` is given its Plan.
+
+    Raises:
+        RunFolderError: another launcher holds the run.
+        ModelError: its base has changed; DataError: its data is gone. And as `launch`.
+    """
+    with acquire(open_store(plan.location)) as lease:
+        with render.err().status("checking the base model and the data"):
+            ready = ready_again(plan)
+
+        def shared(cluster: ClusterFacts) -> Plan:
+            resumed = make_plan(ready, cluster)
+            check_shared(resumed)
+            return resumed
+
+        launch(lease, address, shared, hint=f"slipway resume {plan.location}")
+
+
+def go_on_by_itself(loaded: LoadedRecipe, asked_for: str | None, address: str | None) -> bool:
+    """`--resume auto`: resume the run that this recipe began, or say that it has finished; False where there is none.
+
+    Raises RecipeError where the recipe has changed in what a resume cannot change. And as `go_on`.
+    """
+    plan = run_to_resume(loaded, asked_for)
+    if plan is None:
+        return False
+    refuse_other_recipe(plan, loaded)
+    if has_finished(plan, loaded):
+        render.note(f"{place(plan.location)} has finished")
+        finish_again(plan)
+        return True
+    render.note(f"going on with {place(plan.location)}")
+    asks_for_workers = run_recipe(plan).cluster != loaded.recipe.cluster
+    go_on(plan, address, lambda ready, cluster: continued(ready, loaded, cluster, asks_for_workers))
+    return True
+
+
+def finish_again(plan: Plan) -> None:
+    """Say where the model of a finished run is; export it where a launcher was stopped before it had."""
+    if not plan.lifecycle.export:
+        return
+    if "slipway.json" in open_store(plan.location).names(remote.MODEL):
+        print(f"model: {place(plan.location)}/{remote.MODEL}")
+        return
+    with acquire(open_store(plan.location)):
+        plan = ready_again(plan)
+        report = export(plan, Path(plan.run_dir) / remote.MODEL, plan.lifecycle.merge)
+        remote.finish(plan)
+        conclude(plan, report)
+
+
+def place(location: str) -> str:
+    """A run's folder or URL as a person would type it."""
+    return location if is_url(location) else shown(Path(location))
 
 
 def introduce(plan: Plan) -> None:
     """One paragraph on what is about to run."""
     layout, trajectory, life = plan.layout, plan.trajectory, plan.lifecycle
     model = "a scratch model" if trajectory.model.source == "scratch" else trajectory.model.path
-    place = "a GPU" if layout.device == "cuda" else f"{layout.cpus_per_worker} CPU{'s' * (layout.cpus_per_worker > 1)}"
-    workers = f"{layout.workers} workers with {place} each" if layout.workers > 1 else f"1 worker with {place}"
+    each = "a GPU" if layout.device == "cuda" else f"{layout.cpus_per_worker} CPU{'s' * (layout.cpus_per_worker > 1)}"
+    workers = f"{layout.workers} workers with {each} each" if layout.workers > 1 else f"1 worker with {each}"
     say = render.err().print
     say(f"[bold]{plan.name}[/]  {trajectory.method.kind} fine-tune of {model}, {trajectory.dtype}, ZeRO {layout.zero}")
     say(f"  {workers}; {life.total_steps} steps of {trajectory.global_batch_size} rows")
@@ -61,12 +150,12 @@ def introduce(plan: Plan) -> None:
     )
     for path, format in plan.data.formats.items():
         say(f"  {shown(Path(path)) if Path(path).is_absolute() else path}: {format}", highlight=False, soft_wrap=True)
-    say(f"  folder: {shown(Path(plan.run_dir))}")
+    say(f"  {'store' if is_url(plan.location) else 'folder'}: {place(plan.location)}")
 
 
 def settle(verdict: Verdict) -> None:
     """Raise what a deterministic end calls for."""
-    if verdict.kind == "not_finite":
+    if verdict.kind in ("not_finite", "unsaved"):
         raise RunFailed(verdict.message, verdict.hint)
     if verdict.kind == "error":
         error = SlipwayError(verdict.message, verdict.hint)
@@ -80,10 +169,14 @@ def export(plan: Plan, out: Path, merge: bool) -> dict[str, Any]:
     Raises:
         SlipwayError: with the exporter's message, hint and exit code.
     """
-    command = [sys.executable, "-m", "launcher.export.folder", plan.run_dir, str(out), "merge" if merge else "adapters"]
-    with render.err().status("writing the model folder"):
+    how = "merge" if merge else "adapters"
+    # The plan as it is here: of a run that was moved, the one in its folder still names the place where it began.
+    with tempfile.TemporaryDirectory(prefix="slipway-") as scratch, render.err().status("writing the model folder"):
+        plan.save(Path(scratch) / "plan.json")
+        command = [sys.executable, "-m", "launcher.export.folder", scratch, str(out), how]
         result = subprocess.run(command, capture_output=True, text=True)
-    (Path(plan.run_dir) / "logs" / "export.log").write_text(result.stderr, encoding="utf-8")
+    with suppress(OSError):
+        (Path(plan.run_dir) / "logs" / "export.log").write_text(result.stderr, encoding="utf-8")
     try:
         report: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     except (IndexError, json.JSONDecodeError):
@@ -114,5 +207,6 @@ def conclude(plan: Plan, report: dict[str, Any]) -> None:
         )
     if report["drift"] is not None:
         print(f"merging changed a logit by at most {report['drift']:.1e}")
-    print(f"model: {shown(Path(report['folder']))}")
-    print(f"talk to it: slipway chat {shown(Path(plan.run_dir))}")
+    ours = Path(report["folder"]) == Path(plan.run_dir) / remote.MODEL
+    print(f"model: {f'{place(plan.location)}/{remote.MODEL}' if ours else shown(Path(report['folder']))}")
+    print(f"talk to it: slipway chat {place(plan.location)}")

@@ -88,8 +88,27 @@ class RunDisplay:
     def _on_damaged_checkpoint(self, record: dict[str, Any]) -> None:
         self.say(f"damaged checkpoint passed over: {record['message']}")
 
+    def _on_checkpoint_failed(self, record: dict[str, Any]) -> None:
+        newest = record.get("newest")
+        left = f"the newest is of step {newest}" if newest is not None else "there is none yet"
+        failed = f"the checkpoint of step {record['step']} could not be written: {record['message']}"
+        self.say(f"{failed}; training goes on, {left}")
+
+    def _on_saves_in_foreground(self, record: dict[str, Any]) -> None:
+        self.say(f"training waits while checkpoints are written: {record['message']}")
+
+    def _on_last_save_waits(self, record: dict[str, Any]) -> None:
+        self.say(f"the end cannot be saved yet: {record['message']}; trying again")
+        if record.get("hint"):
+            self.say(f"hint: {record['hint']}")
+
+    def _on_metrics_lost(self, record: dict[str, Any]) -> None:
+        self.say(f"{record['lines']:,} lines of metrics.jsonl are lost: its disk took none for too long")
+
     def _on_stopping(self, record: dict[str, Any]) -> None:
-        self.say("stopping after this step, then saving; once more stops at once")
+        grace_s = record.get("grace_s")
+        within = f" within {grace_s:g} s" if grace_s is not None else ""
+        self.say(f"{record['signal']}: stopping after this step, then saving{within}; once more stops at once")
         self.bar.update(self.task, description="stopping")
 
 

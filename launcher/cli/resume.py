@@ -7,16 +7,11 @@ from launcher.cli.arguments import Address, Overrides, RunFolder
 
 def command(run: RunFolder, overrides: Overrides = None, address: Address = None) -> None:
     """Go on with a run, longer or on another cluster if asked; its model, data, seed and batch stay."""
-    from launcher.cli.launch import launch
+    from launcher.cli.launch import go_on
     from launcher.driver.resume import existing_plan, refuse_trajectory_keys, resumed_plan
-    from launcher.plan.facts import ClusterFacts
-    from launcher.plan.plan import Plan
+    from launcher.driver.signals import ends_on_signals
 
-    run_dir = run.expanduser().resolve()
-    existing_plan(run_dir)
-    refuse_trajectory_keys(overrides or [], run_dir)
-
-    def make_plan(cluster: ClusterFacts) -> Plan:
-        return resumed_plan(run_dir, overrides or [], cluster)
-
-    launch(run_dir, address, make_plan)
+    with ends_on_signals("stopped before training went on", hint=f"slipway resume {run}"):
+        plan = existing_plan(run)
+        refuse_trajectory_keys(overrides or [], plan.location)
+        go_on(plan, address, lambda ready, cluster: resumed_plan(ready.location, overrides or [], cluster))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from contextlib import closing
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from launcher.cli import render
-from launcher.cli.arguments import Address, Overrides, RecipeName
+from launcher.cli.arguments import Address, Overrides, RecipeName, Resume
 
 
 def command(
@@ -17,29 +16,54 @@ def command(
     overrides: Overrides = None,
     address: Address = None,
     run_dir: Annotated[
-        Path | None, typer.Option("--run-dir", help="Folder of the run, instead of a new one in runs/")
+        str | None,
+        typer.Option("--run-dir", help="Folder of the run, or a URL such as s3://bucket/run, instead of a new one"),
     ] = None,
+    resume: Annotated[
+        Resume,
+        typer.Option("--resume", help="auto: go on with the run that this command began, for jobs that are preempted"),
+    ] = Resume.NEVER,
 ) -> None:
     """Fine-tune as a recipe says and export the model. Ctrl-C saves; `slipway resume` goes on."""
-    from launcher.cli.launch import launch
+    from launcher.cli.launch import go_on_by_itself, launch
     from launcher.cli.progress import preparing
-    from launcher.driver.start import base_model_process, claimed, create_run_folder, decide, new_run_folder, planned
+    from launcher.driver import remote
+    from launcher.driver.shared_folder import check_shared
+    from launcher.driver.signals import ends_on_signals
+    from launcher.driver.start import (
+        base_model_process,
+        claimed,
+        create_run_folder,
+        decide,
+        new_run_folder,
+        planned,
+        with_fingerprint,
+    )
     from launcher.plan.facts import ClusterFacts
     from launcher.plan.plan import Plan
     from launcher.recipe.load import load
 
-    loaded = load(recipe, overrides or ())
-    folder = new_run_folder(loaded, run_dir)
-    with preparing(render.err()) as report:
-        decided = decide(loaded, folder, report, address)
+    with ends_on_signals("stopped before training began"):
+        loaded = load(recipe, overrides or ())
+        if resume is Resume.AUTO and go_on_by_itself(loaded, run_dir, address):
+            return
+        location = new_run_folder(loaded, run_dir)
+        remote.check(location)
+        with preparing(render.err()) as report:
+            decided = decide(loaded, location, report, address)
 
-    with claimed(folder), closing(base_model_process(decided)) as base_model:
+        with claimed(location) as lease, closing(base_model_process(decided)) as base_model:
 
-        def make_plan(cluster: ClusterFacts) -> Plan:
-            plan = planned(decided, cluster)
-            for note in base_model.wait():
-                render.note(note)
-            create_run_folder(plan, loaded)
-            return plan
+            def make_plan(cluster: ClusterFacts) -> Plan:
+                plan = planned(decided, cluster)
+                check_shared(plan)
+                with render.err().status("making the model ready"):
+                    notes, fingerprint = base_model.wait()
+                for note in notes:
+                    render.note(note)
+                plan = with_fingerprint(plan, fingerprint)
+                create_run_folder(plan, loaded)
+                remote.begin(plan, decided.facts)
+                return plan
 
-        launch(folder, address, make_plan)
+            launch(lease, address, make_plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,37 +10,49 @@ import typer
 
 from launcher.cli import render
 from launcher.cli.arguments import Json
-from launcher.recipe.origin import shown
 
 
 def command(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where runs are")] = Path("runs"),
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Where runs are: a folder or a URL")] = "runs",
     as_json: Json = False,
 ) -> None:
     """List runs: steps done, last losses, how they ended."""
-    from launcher.plan.plan import Plan
-    from launcher.train.metrics import last_of_each_step
-    from launcher.train.verdict import Verdict
+    from launcher.cli.launch import place
+    from launcher.driver.resume import existing_plan, latest_verdict, names_of_runs
+    from launcher.driver.start import whole_location, writable
+    from launcher.errors import RunFolderError
+    from launcher.store.location import open_store
+    from launcher.train.metrics import FILE, last_of_each_step
 
+    runs = whole_location(folder)
+    store = open_store(runs)
     found: list[dict[str, Any]] = []
-    for file in sorted(folder.glob("*/plan.json")):
-        plan, run_dir = Plan.load(file), file.parent
-        steps, evals = last_of_each_step(run_dir), last_of_each_step(run_dir, "eval")
-        verdict = Verdict.load(run_dir)
-        found.append(
-            {
-                "run": shown(run_dir),
-                "step": max(steps, default=0),
-                "total_steps": plan.lifecycle.total_steps,
-                "loss": steps[max(steps)]["loss"] if steps else None,
-                "eval_loss": evals[max(evals)]["loss"] if evals else None,
-                "end": verdict.kind if verdict else "running or killed",
-            }
-        )
+    with writable(runs), tempfile.TemporaryDirectory(prefix="slipway-") as scratch:
+        for name in names_of_runs(store):
+            run = f"{runs}/{name}"
+            try:
+                plan = existing_plan(run)
+            except RunFolderError as error:
+                render.note(error.message)
+                continue
+            metrics = store.read(f"{name}/{FILE}") if FILE in store.names(name) else b""
+            (Path(scratch) / FILE).write_bytes(metrics)
+            steps, evals = last_of_each_step(Path(scratch)), last_of_each_step(Path(scratch), "eval")
+            verdict = latest_verdict(run)
+            found.append(
+                {
+                    "run": place(run),
+                    "step": max(steps, default=0),
+                    "total_steps": plan.lifecycle.total_steps,
+                    "loss": steps[max(steps)]["loss"] if steps else None,
+                    "eval_loss": evals[max(evals)]["loss"] if evals else None,
+                    "end": verdict.kind if verdict else "running or killed",
+                }
+            )
     if as_json:
         render.print_json(found)
     elif not found:
-        render.note(f"no runs in {shown(folder)}")
+        render.note(f"no runs in {place(runs)}")
     else:
         header = ("run", "step", "loss", "held-out loss", "end")
         rows = [

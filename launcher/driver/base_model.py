@@ -68,12 +68,16 @@ def model_settings(model: ModelPlan) -> dict[str, Any]:
 class BaseModelProcess:
     """`launcher.model.ready` in a process of its own: started early, waited for before the first worker."""
 
-    def __init__(self, model: ModelPlan, tokenizer_folder: Path, seed: int, packing: bool) -> None:
+    def __init__(
+        self, model: ModelPlan, tokenizer_folder: Path, seed: int, packing: bool, stamps: Path | None = None
+    ) -> None:
+        """`stamps`: where the hashes of the base's files are kept, see `launcher.model.fingerprint`."""
         request = {
             "model": model.model_dump(mode="json"),
             "tokenizer_folder": str(tokenizer_folder),
             "seed": seed,
             "packing": packing,
+            "stamps": str(stamps) if stamps is not None else None,
         }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "launcher.model.ready"],
@@ -86,8 +90,8 @@ class BaseModelProcess:
         self.process.stdin.write(json.dumps(request))
         self.process.stdin.flush()
 
-    def wait(self) -> list[str]:
-        """Until the model is there; what the user should know of it, a sentence each.
+    def wait(self) -> tuple[list[str], str | None]:
+        """Until the model is there: what the user should know of it, a sentence each, and its fingerprint.
 
         Raises:
             ModelError: as the process said, or with its last line where it ended without a word.
@@ -101,7 +105,7 @@ class BaseModelProcess:
                 answer["error"] or f"the model cannot be made ready: {last[0]}",
                 answer.get("hint") or "check model in the recipe",
             )
-        return list(answer["notes"])
+        return list(answer["notes"]), answer["fingerprint"]
 
     def close(self) -> None:
         """Stop it if it still runs."""

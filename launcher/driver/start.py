@@ -15,21 +15,26 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.checkpoint.lease import Lease, acquire
 from launcher.driver.base_model import BaseModelProcess, model_settings, pinned
 from launcher.driver.prepare import cluster_for, pinned_sources
 from launcher.errors import RunFolderError
+from launcher.model.fingerprint import STAMPS
 from launcher.plan.facts import ClusterFacts
 from launcher.plan.plan import DataFacts, DataPlan, ModelPlan, Plan
 from launcher.plan.resolve import resolve, resolve_model
 from launcher.plan.resolve_data import resolve_data
 from launcher.plan.size import parameter_count
 from launcher.recipe.load import LoadedRecipe
+from launcher.store.location import is_url, local_folder, open_store, run_url
 
 if TYPE_CHECKING:
     from launcher.data.prepare.work import Progress
 
 PACKAGES = ("torch", "deepspeed", "ray", "transformers", "datasets", "peft", "bitsandbytes", "flash-attn", "triton")
 MINIMUM_FREE_BYTES = 64 * 2**20
+DATA = "data"
+"""In the spool of a run in an object store: its prepared data."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class Decided:
 
     loaded: LoadedRecipe
     name: str
+    location: str
+    """Absolute folder or URL, see `Plan.location`."""
     run_dir: Path
     model: ModelPlan
     data: DataPlan
@@ -50,22 +57,36 @@ def run_name(loaded: LoadedRecipe) -> str:
     return loaded.recipe.name or loaded.file.stem
 
 
-def new_run_folder(loaded: LoadedRecipe, asked_for: Path | None) -> Path:
-    """Absolute folder of a run that does not exist yet: as asked for, or a new one in `runs`.
+def new_run_folder(loaded: LoadedRecipe, asked_for: str | None) -> str:
+    """Where a run that does not exist yet will be, an absolute folder or a URL: as asked for, or a new one in `runs`.
 
     Raises:
-        RunFolderError: there is a run in it.
+        RunFolderError: there is a run in it; the store that was asked for cannot be read.
     """
-    folder = asked_for or Path(loaded.recipe.runs) / f"{run_name(loaded)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = folder.expanduser().resolve()
-    if (folder / "plan.json").exists():
+    if asked_for is None:
+        runs = loaded.recipe.runs.rstrip("/") if is_url(loaded.recipe.runs) else loaded.recipe.runs
+        return whole_location(f"{runs}/{run_name(loaded)}-{time.strftime('%Y%m%d-%H%M%S')}")
+    location = whole_location(asked_for)
+    if holds_run(location):
         raise RunFolderError(
-            f"{folder} already holds a run", hint=f"go on with it: slipway resume {folder}; or choose another --run-dir"
+            f"{location} already holds a run",
+            hint=f"go on with it: slipway resume {location}; or choose another --run-dir",
         )
-    return folder
+    return location
 
 
-def decide(loaded: LoadedRecipe, run_dir: Path, report: Progress | None, address: str | None = None) -> Decided:
+def whole_location(location: str) -> str:
+    """An absolute folder, or a URL as it is kept."""
+    return run_url(location) if is_url(location) else str(local_folder(location))
+
+
+def holds_run(location: str) -> bool:
+    """Whether a run has begun there. Raises RunFolderError where the store cannot be read."""
+    with writable(location):
+        return "plan.json" in open_store(location).names()
+
+
+def decide(loaded: LoadedRecipe, location: str | Path, report: Progress | None, address: str | None = None) -> Decided:
     """Look the model up and prepare the data, in `.prepared` beside the run's folder, which is not made yet.
 
     `address` is that of the cluster which prepares data that is too much for this machine.
@@ -75,6 +96,8 @@ def decide(loaded: LoadedRecipe, run_dir: Path, report: Progress | None, address
     """
     from launcher.data.prepare import prepare
 
+    location = whole_location(str(location))
+    run_dir = local_folder(location)
     model = pinned(resolve_model(loaded, run_dir))
     settings = model_settings(model)
     data = pinned_sources(resolve_data(loaded))
@@ -90,41 +113,60 @@ def decide(loaded: LoadedRecipe, run_dir: Path, report: Progress | None, address
             spread=spread,
         )
     parameters = parameter_count({"vocab_size": facts.vocab_size} | settings)
-    return Decided(loaded, run_name(loaded), run_dir, model, data, facts, parameters)
+    return Decided(loaded, run_name(loaded), location, run_dir, model, data, facts, parameters)
 
 
 def base_model_process(decided: Decided) -> BaseModelProcess:
-    """Start making the model ready; wait for it before the first worker starts."""
-    recipe = decided.loaded.recipe
+    """Start making the model ready, in the run's folder, which is there and holds no run; wait for it before the first
+    worker starts."""
+    recipe, run_dir = decided.loaded.recipe, decided.run_dir
+    # Of a start that was killed, perhaps with another recipe: a base that is there would be kept.
+    shutil.rmtree(run_dir / "base", ignore_errors=True)
     return BaseModelProcess(
-        decided.model, Path(decided.facts.folder) / "tokenizer", recipe.train.seed, recipe.data.packing
+        decided.model,
+        Path(decided.facts.folder) / "tokenizer",
+        recipe.train.seed,
+        recipe.data.packing,
+        run_dir / STAMPS,
     )
 
 
 def planned(decided: Decided, cluster: ClusterFacts) -> Plan:
-    """The Plan on a cluster."""
+    """The Plan on a cluster, but for the model's fingerprint, see `with_fingerprint`."""
+    facts = decided.facts
+    if is_url(decided.location):  # at the same place on every node, whichever of them prepared it
+        facts = facts.model_copy(update={"folder": str(decided.run_dir / DATA)})
     return resolve(
         decided.loaded,
         cluster,
         decided.model,
         decided.data,
-        decided.facts,
+        facts,
         decided.parameters,
         decided.name,
         decided.run_dir,
+        decided.location,
     )
 
 
+def with_fingerprint(plan: Plan, fingerprint: str | None) -> Plan:
+    """The Plan of a model that is ready."""
+    model = plan.trajectory.model.model_copy(update={"fingerprint": fingerprint})
+    return plan.model_copy(update={"trajectory": plan.trajectory.model_copy(update={"model": model})})
+
+
 @contextlib.contextmanager
-def claimed(run_dir: Path) -> Iterator[None]:
-    """Make a new run's folder, and take it away again if the block fails before there is a run in it.
+def claimed(location: str) -> Iterator[Lease]:
+    """Make a new run's folder and hold the run for the block; the folder is taken away again if the block fails before
+    there is a run in it.
 
     A folder that was there already is left: it may be another launcher's, about to begin.
 
     Raises:
-        RunFolderError: it cannot be made.
+        RunFolderError: it cannot be made, or another launcher holds it.
     """
-    with writable(run_dir):
+    run_dir = local_folder(location)
+    with writable(location):
         run_dir.parent.mkdir(parents=True, exist_ok=True)
         try:
             run_dir.mkdir()
@@ -132,11 +174,23 @@ def claimed(run_dir: Path) -> Iterator[None]:
         except FileExistsError:
             ours = False
     try:
-        yield
+        with acquire(open_store(location)) as lease:
+            if is_url(location) and not ours:  # of a run that is no more in the store, or never came to be
+                clear(run_dir)
+            yield lease
     except BaseException:
         if ours and not (run_dir / "plan.json").exists():
             shutil.rmtree(run_dir, ignore_errors=True)
         raise
+
+
+def clear(folder: Path) -> None:
+    """Empty a folder; links are removed, not followed."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def create_run_folder(plan: Plan, loaded: LoadedRecipe) -> None:
@@ -160,13 +214,17 @@ def create_run_folder(plan: Plan, loaded: LoadedRecipe) -> None:
 
 
 @contextlib.contextmanager
-def writable(folder: Path) -> Iterator[None]:
-    """Turn what the file system says about a run's folder into an error with a hint."""
+def writable(place: Path | str) -> Iterator[None]:
+    """Turn what the file system, or the object store, says about a run's place into an error with a hint."""
     try:
         yield
     except OSError as error:
+        if is_url(str(place)):
+            raise RunFolderError(
+                f"{place}: {error.strerror or error}", hint="check the connection, the bucket and the credentials"
+            ) from error
         raise RunFolderError(
-            f"cannot write to {folder}: {error.strerror or error}",
+            f"cannot write to {place}: {error.strerror or error}",
             hint="free some space, or choose another folder with --run-dir",
         ) from error
 

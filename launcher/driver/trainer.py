@@ -8,18 +8,28 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import signal
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+from launcher.checkpoint.lease import current
+from launcher.driver import remote
 from launcher.driver.failures import collect, describe, recorded_failures, root_cause
-from launcher.errors import Interrupted, RunFailed
+from launcher.driver.signals import handled
+from launcher.errors import Interrupted, RunFailed, SlipwayError, Superseded
 from launcher.plan.plan import Plan
+from launcher.store.location import open_store
 from launcher.train.metrics import FILE as METRICS_FILE
 from launcher.train.metrics import read
-from launcher.train.verdict import Verdict, forget, request_stop
+from launcher.train.verdict import Verdict, forget
+
+log = logging.getLogger(__name__)
 
 Listener = Callable[[dict[str, Any]], None]
 """Called with every new line of metrics.jsonl, and with {"kind": "stopping"} when a stop has been asked for."""
@@ -27,52 +37,122 @@ POLL_S = 0.2
 GLOO_TIMEOUT_S = 1800
 
 
-def fit(plan: Plan, attempt: int, listener: Listener) -> Verdict:
-    """Train `plan` on the connected cluster until its workers end. Call from the main thread: it takes SIGINT and
-    SIGTERM.
+def fit(plan: Plan, launch: int, listener: Listener) -> Verdict:
+    """Train `plan` on the connected cluster until its workers end; `launch` is the number of the lease held. Call from
+    the main thread: it takes SIGINT and SIGTERM.
 
     Raises:
         RunFailed: the workers failed more often than allowed; the message begins with the root cause.
-        Interrupted: a second signal: nothing was saved beyond the last checkpoint.
+        Superseded: another launcher has taken the run over.
+        Interrupted: stopped and saved; or a signal before the first step, a second one, or the end of the grace time:
+            nothing was saved beyond the last checkpoint.
     """
     run_dir = Path(plan.run_dir)
     forget(run_dir)
-    failures_file = run_dir / "logs" / "failures.jsonl"
-    failures_file.unlink(missing_ok=True)
-    outcome: list[BaseException | None] = []
-    trainer = build_trainer(plan, attempt)
-
-    def target() -> None:
-        try:
-            trainer.fit()
-            outcome.append(None)
-        except BaseException as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=target, name="ray-train", daemon=True)
-    lines = follow(run_dir / METRICS_FILE)
-    with stop_on_signals(run_dir, listener) as stopping:
-        thread.start()
-        while thread.is_alive():
-            thread.join(POLL_S)
-            for record in next(lines):
-                listener(record)
+    remote.forget_end(plan)
+    with contextlib.suppress(OSError):  # on a disk that takes no change nothing new is recorded either
+        (run_dir / "logs" / "failures.jsonl").unlink(missing_ok=True)
+    lines, stopping = follow(run_dir / METRICS_FILE), Stopping(plan, launch, listener)
+    with tempfile.TemporaryDirectory(prefix="slipway-ray-", ignore_cleanup_errors=True) as scratch:
+        training = Training(build_trainer(plan, launch, scratch))
+        with handled(stopping.on_signal):
+            training.start()
+            while training.is_alive():
+                training.join(POLL_S)
+                for record in next(lines):
+                    stopping.heard(record)
+                stopping.check_grace()
     for record in next(lines):
-        listener(record)
-    verdict = Verdict.load(run_dir)
-    if verdict is not None:
-        if verdict.kind == "stopped":
-            raise Interrupted(
-                f"{verdict.message}",
-                hint=f"slipway resume {run_dir}",
-                exit_code=128 + (stopping[0] if stopping else signal.SIGINT),
-            )
-        return verdict
-    raise named_failure(outcome[0], run_dir, plan.lifecycle.max_failures)
+        stopping.heard(record)
+    verdict = training.verdict or remote.found_verdict(plan, launch)
+    if verdict is None:
+        raise named_failure(training.error, plan, launch)
+    number = stopping.signals[0] if stopping.signals else signal.SIGINT
+    if verdict.kind == "stopped":
+        raise Interrupted(verdict.message, hint=f"slipway resume {plan.location}", exit_code=128 + number)
+    if verdict.exit_code == 0 and stopping.signals and plan.lifecycle.export:
+        message = f"{verdict.message}; stopped before the model was exported"
+        raise Interrupted(message, hint=f"slipway export {plan.location}", exit_code=128 + number)
+    return verdict
 
 
-def build_trainer(plan: Plan, attempt: int) -> Any:
-    """Ray's TorchTrainer for a Plan: one worker a rank, nodes filled in order, failures bounded."""
+class Training(threading.Thread):
+    """Ray Train at work; `verdict` is what the first worker returned, `error` what Ray raised."""
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(name="ray-train", daemon=True)
+        self.trainer = trainer
+        self.verdict: Verdict | None = None
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            said = self.trainer.fit().return_value
+            self.verdict = Verdict(**said) if said is not None else None
+        except BaseException as error:
+            self.error = error
+
+
+class Stopping:
+    """What signals have asked for while `fit` waits.
+
+    The first asks the workers to save and end, or ends at once where they have not begun: there is nothing to save. The
+    second ends at once. After SIGTERM the run must have ended within the plan's grace time.
+    """
+
+    def __init__(self, plan: Plan, launch: int, listener: Listener) -> None:
+        self.plan, self.launch, self.listener = plan, launch, listener
+        self.signals: list[int] = []
+        self.deadline: float | None = None
+        self.saved: int | None = None
+        """Step of the newest checkpoint, as far as the workers have told."""
+        self.begun = False
+
+    def heard(self, record: dict[str, Any]) -> None:
+        """Pass a line of metrics.jsonl on, unless workers of another launch wrote it that have not ended yet."""
+        if record.get("attempt", "").partition(".")[0] != str(self.launch):
+            return
+        self.begun = self.begun or record["kind"] == "start"
+        if record["kind"] in ("start", "checkpoint"):
+            self.saved = record["step"] or None
+        self.listener(record)
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Handler of SIGINT and SIGTERM."""
+        self.signals.append(number)
+        if not self.begun and not remote.has_begun(self.plan, self.launch):
+            raise self._interrupted("stopped before the first step", number)
+        if len(self.signals) > 1:
+            raise self._interrupted(f"stopped at once; {self._lost()}", number)
+        name = signal.Signals(number).name
+        grace_s = self.plan.lifecycle.grace_s if number == signal.SIGTERM else None
+        if grace_s is not None:
+            self.deadline = time.monotonic() + grace_s
+        self.listener({"kind": "stopping", "signal": name, "grace_s": grace_s})
+        if not remote.ask_to_stop(self.plan, name):
+            raise self._interrupted(f"the workers cannot be asked to save: {self._lost()}", number)
+
+    def check_grace(self) -> None:
+        """Raises Interrupted once the grace time is over."""
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            grace = f"the grace time of {self.plan.lifecycle.grace_s:g} s is over before the workers had saved"
+            raise self._interrupted(f"{grace}; {self._lost()}", signal.SIGTERM)
+
+    def _lost(self) -> str:
+        since = f"since the checkpoint of step {self.saved}" if self.saved is not None else "so far"
+        return f"steps {since} are lost"
+
+    def _interrupted(self, message: str, number: int) -> Interrupted:
+        return Interrupted(message, hint=f"slipway resume {self.plan.location}", exit_code=128 + number)
+
+
+def build_trainer(plan: Plan, launch: int, scratch: str) -> Any:
+    """Ray's TorchTrainer for a Plan: one worker a rank, nodes filled in order, failures bounded.
+
+    `scratch` is a folder on this machine for what Ray Train keeps: nothing, as no checkpoint goes through it. Ray wants
+    it shared by all nodes only for those, and its controller, which runs here, dies where it cannot be written: so it
+    is not the run's folder, whose disk may fill up or vanish.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
     from launcher.driver.network import InterfaceTorchConfig
@@ -83,13 +163,13 @@ def build_trainer(plan: Plan, attempt: int) -> Any:
     resources = {"CPU": float(layout.cpus_per_worker)} | ({"GPU": 1.0} if gpu else {})
     return Trainer(
         train_worker,
-        train_loop_config={"plan": plan.model_dump(mode="json"), "attempt": attempt},
+        train_loop_config={"plan": plan.model_dump(mode="json"), "launch": launch},
         scaling_config=ScalingConfig(
             num_workers=layout.workers, use_gpu=gpu, resources_per_worker=resources, placement_strategy="PACK"
         ),
         run_config=RunConfig(
             name="ray",
-            storage_path=plan.run_dir,
+            storage_path=scratch,
             # The default of -1 would retry a controller that cannot place its workers for ever.
             failure_config=FailureConfig(max_failures=plan.lifecycle.max_failures, controller_failure_limit=3),
         ),
@@ -104,7 +184,7 @@ def follow(path: Path) -> Iterator[list[dict[str, Any]]]:
     rest = b""
     while True:
         records = []
-        if path.exists():
+        with contextlib.suppress(OSError):  # not there yet, or not now: a mount that has vanished may come back
             with path.open("rb") as file:
                 file.seek(position)
                 rest += file.read()
@@ -116,39 +196,26 @@ def follow(path: Path) -> Iterator[list[dict[str, Any]]]:
         yield records
 
 
-@contextlib.contextmanager
-def stop_on_signals(run_dir: Path, listener: Listener) -> Iterator[list[int]]:
-    """The first SIGINT or SIGTERM asks the workers to save and end, the second ends at once. Yields the signals so
-    far."""
-    seen: list[int] = []
-
-    def handler(number: int, frame: Any) -> None:
-        seen.append(number)
-        if len(seen) > 1:
-            raise Interrupted(
-                "stopped at once; steps since the last checkpoint are lost",
-                hint=f"slipway resume {run_dir}",
-                exit_code=128 + number,
-            )
-        request_stop(run_dir, signal.Signals(number).name)
-        listener({"kind": "stopping", "signal": signal.Signals(number).name})
-
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield seen
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
-
-
-def named_failure(error: BaseException | None, run_dir: Path, max_failures: int) -> RunFailed:
+def named_failure(error: BaseException | None, plan: Plan, launch: int) -> SlipwayError:
     """The error that a failed run ends with, its root cause first."""
+    run_dir = Path(plan.run_dir)
+    with contextlib.suppress(OSError, SlipwayError):
+        latest = current(open_store(plan.location))
+        if latest is not None and latest.launch > launch:
+            return Superseded(
+                f"another launcher has taken {plan.location} over: this one trains no more",
+                hint="nothing is lost: the other one goes on",
+            )
     worker_failures = getattr(error, "worker_failures", None)
-    hint = f"mend the cause, then: slipway resume {run_dir}"
+    hint = f"mend the cause, then: slipway resume {plan.location}"
     if worker_failures:
-        starts = [record for record in read(run_dir) if record["kind"] == "start"]
-        hosts = [worker["host"] for worker in starts[-1]["workers"]] if starts else []
-        cause = root_cause(collect(worker_failures, recorded_failures(run_dir / "logs" / "failures.jsonl"), hosts))
-        return RunFailed(describe(cause, run_dir, max_failures), hint=hint)
+        hosts: list[str] = []
+        recorded: list[dict[str, Any]] = []
+        with contextlib.suppress(OSError):  # the cause may be that very disk
+            starts = [record for record in read(run_dir) if record["kind"] == "start"]
+            hosts = [worker["host"] for worker in starts[-1]["workers"]] if starts else []
+            recorded = recorded_failures(run_dir / "logs" / "failures.jsonl")
+        cause = root_cause(collect(worker_failures, recorded, hosts))
+        return RunFailed(describe(cause, run_dir, plan.lifecycle.max_failures), hint=hint)
     reason = str(error).strip() if error is not None else "the workers ended without a verdict"
     return RunFailed(f"Ray could not carry the run: {reason}", hint=hint)

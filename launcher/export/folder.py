@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.checkpoint.layout import step_of
-from launcher.checkpoint.load import newest_sound
+from launcher.checkpoint.manifest import newest_sound
 from launcher.errors import CheckpointError, ModelError, RunFailed, SlipwayError
 from launcher.export.card import model_card
 from launcher.export.verify import Agreement, verify
 from launcher.plan.plan import Plan
+from launcher.store.location import open_store
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ def export(plan: Plan, out: Path, merge: bool) -> Exported:
     from launcher.train.probe import probe_file, read_probe
 
     run_dir = Path(plan.run_dir)
-    checkpoint, damaged = newest_sound(run_dir)
+    checkpoint, damaged = newest_sound(open_store(plan.location))
     if checkpoint is None:
-        raise CheckpointError(f"{run_dir} has no sound checkpoint" + "".join(f"\n{line}" for line in damaged))
+        raise CheckpointError(f"{plan.location} has no sound checkpoint" + "".join(f"\n{line}" for line in damaged))
     if out.exists() and not (out / "slipway.json").exists():
         raise ModelError(f"{out} exists and is no export of ours", hint="choose another --out")
-    step = step_of(checkpoint)
+    step = checkpoint.step
     model: Any = trained_model(plan, checkpoint)
     probe = read_probe(run_dir, step)
     merge_drift = None
@@ -114,7 +114,7 @@ def write_folder(plan: Plan, model: Any, tokenizer: Any, folder: Path, merged: b
         generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     settings = {
-        "run": plan.run_dir,
+        "run": plan.location,
         "method": plan.trajectory.method.kind,
         "merged": merged,
         "dtype": plan.trajectory.dtype,

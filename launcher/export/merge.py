@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from launcher.checkpoint.layout import Checkpoint
 from launcher.checkpoint.load import load_weights
 from launcher.errors import CheckpointError, ModelError
 from launcher.model.adapters import apply_method
@@ -18,7 +18,7 @@ from launcher.model.token_rows import add_rows
 from launcher.plan.plan import Plan
 
 
-def trained_model(plan: Plan, checkpoint: Path) -> nn.Module:
+def trained_model(plan: Plan, checkpoint: Checkpoint) -> nn.Module:
     """The base with the checkpoint's weights, in the training dtype, on the CPU; peft's wrapper for adapters.
 
     Rows of added tokens are folded in, unless they belong to adapters.
@@ -55,7 +55,7 @@ def trained_model(plan: Plan, checkpoint: Path) -> nn.Module:
     return trained
 
 
-def fill(model: nn.Module, weights: dict[str, torch.Tensor], checkpoint: Path) -> None:
+def fill(model: nn.Module, weights: dict[str, torch.Tensor], checkpoint: Checkpoint) -> None:
     """Copy fp32 masters into the trained parameters; every one must be there, and nothing else.
 
     Raises:

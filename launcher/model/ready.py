@@ -1,18 +1,22 @@
-"""Is a model ready to be trained? A scratch model is written, and packing is refused where it would leak.
+"""Is a model ready to be trained? A scratch model is written, packing is refused where it would leak, weights get their
+fingerprint.
 
 Runs in a process of its own, beside Ray's start: it needs torch and transformers, which the launcher does without.
-`python -m launcher.model.ready` reads a Request as JSON from stdin and prints {"notes"} or {"error", "hint"}.
+`python -m launcher.model.ready` reads a Request as JSON from stdin and prints {"notes", "fingerprint"} or
+{"error", "hint"}.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pydantic import BaseModel
 
 from launcher.errors import ModelError
+from launcher.model.fingerprint import fingerprint
 from launcher.plan.plan import ModelPlan
 
 
@@ -23,13 +27,25 @@ class Request(BaseModel):
     tokenizer_folder: Path
     seed: int
     packing: bool
+    stamps: Path | None
+    """Where `fingerprint` keeps its stamps; the folder is there."""
 
 
-def make_ready(request: Request) -> list[str]:
-    """Write a scratch model's folder, and check the packing; what the user should know, a sentence each.
+@dataclass(frozen=True)
+class Ready:
+    """A model that can be trained."""
+
+    notes: list[str]
+    """What the user should know of it, a sentence each."""
+    fingerprint: str | None
+    """Of its weights; None for a hub id, which its commit names."""
+
+
+def make_ready(request: Request) -> Ready:
+    """Write a scratch model's folder, check the packing, and hash the weights.
 
     Raises:
-        ModelError: the configuration is wrong, or packed documents would see each other.
+        ModelError: the configuration is wrong, packed documents would see each other, or there are no weights.
     """
     from launcher.model.added_tokens import notes
     from launcher.model.load import check_packing
@@ -38,17 +54,19 @@ def make_ready(request: Request) -> list[str]:
     if request.model.source == "scratch":
         create_scratch(request.model, request.tokenizer_folder, request.seed, Path(request.model.path))
     check_packing(request.model, request.packing)
-    return notes(request.model, request.tokenizer_folder)
+    said = notes(request.model, request.tokenizer_folder)
+    hub = request.model.source == "hub"
+    return Ready(said, None if hub else fingerprint(Path(request.model.path), request.stamps))
 
 
 def main() -> int:
     """Answer one request."""
     try:
-        said = make_ready(Request.model_validate_json(sys.stdin.read()))
+        ready = make_ready(Request.model_validate_json(sys.stdin.read()))
     except ModelError as error:
         print(json.dumps({"error": error.message, "hint": error.hint}))
         return error.exit_code
-    print(json.dumps({"notes": said}))
+    print(json.dumps(asdict(ready)))
     return 0
 
 

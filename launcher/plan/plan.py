@@ -29,8 +29,12 @@ class Part(BaseModel):
 
     def hash(self) -> str:
         """First 16 hex digits of the SHA-256 of the canonical JSON."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+        return _hash(self.model_dump(mode="json"))
+
+
+def _hash(values: dict[str, Any]) -> str:
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 class ModelPlan(Part):
@@ -53,6 +57,9 @@ class ModelPlan(Part):
     add_tokens: tuple[str, ...]
     """Control tokens added to the tokenizer; their embedding and head rows are trained whatever the method."""
     trust_remote_code: bool
+    fingerprint: str | None
+    """SHA-256 over the weights of a folder or a scratch model, see `model.fingerprint`. None for a hub id, which its
+    commit names, and until the model has been made ready."""
 
 
 class MethodPlan(Part):
@@ -172,7 +179,7 @@ class DataFacts(Part):
 class OptimizerPlan(Part):
     """AdamW."""
 
-    name: Literal["adamw"]
+    name: Literal["adamw", "adamw_8bit"]
     lr: float
     betas: tuple[float, float]
     eps: float
@@ -201,6 +208,21 @@ class Trajectory(Part):
     global_batch_size: int
     optimizer: OptimizerPlan
     schedule: SchedulePlan
+
+    def hash(self) -> str:
+        """As of any part, but of what is trained on and not of where it lies: a run that was moved keeps its hash.
+
+        The fingerprint stands for the model's folder, the hash of the prepared data for the files of its sources.
+        """
+        values = self.model_dump(mode="json")
+        if self.model.fingerprint is not None:
+            del values["model"]["path"]
+        data = values["data"]
+        held_out = (*data["eval"]["sources"], *data["test"]["sources"], *data["clean"]["contamination"])
+        for source in (*data["train"], *held_out):
+            del source["path"]
+        del data["augment"]["function_file"]
+        return _hash(values)
 
 
 class LayoutPlan(Part):
@@ -237,6 +259,10 @@ class Lifecycle(Part):
     checkpoint_every_steps: int
     keep_last: int
     keep_best: int
+    keep_every: int | None
+    background_saves: bool
+    grace_s: float
+    """Between SIGTERM and the moment by which the run has ended."""
     log_every_steps: int
     max_failures: int
     export: bool
@@ -249,7 +275,9 @@ class Plan(Part):
 
     name: str
     run_dir: str
-    """Absolute folder of the run."""
+    """Absolute folder of the run on this machine; for a run in an object store its spool."""
+    location: str
+    """Where the run's files are kept: its absolute folder, or the URL of an object store."""
     version: str
     """Slipway's version."""
     recipe_hash: str

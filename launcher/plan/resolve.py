@@ -41,8 +41,9 @@ def resolve(
     parameters: int,
     name: str,
     run_dir: Path,
+    location: str,
 ) -> Plan:
-    """The whole Plan. `parameters` is the model's size, see `plan.size`.
+    """The whole Plan. `parameters` is the model's size, see `plan.size`; `location` as in the Plan.
 
     Raises:
         ClusterError: the cluster cannot hold the run.
@@ -75,6 +76,7 @@ def resolve(
     return Plan(
         name=name,
         run_dir=str(run_dir),
+        location=location,
         version=__version__,
         recipe_hash=loaded.hash,
         trajectory=trajectory,
@@ -120,6 +122,7 @@ def resolve_model(loaded: LoadedRecipe, run_dir: Path) -> ModelPlan:
         template_kwargs=section.template_kwargs,
         add_tokens=section.add_tokens,
         trust_remote_code=section.trust_remote_code,
+        fingerprint=None,
     )
 
 
@@ -210,6 +213,9 @@ def resolve_lifecycle(recipe: Recipe, facts: DataFacts, reasons: dict[str, str])
         checkpoint_every_steps=recipe.checkpoint.every_steps or interval,
         keep_last=recipe.checkpoint.keep_last,
         keep_best=recipe.checkpoint.keep_best,
+        keep_every=recipe.checkpoint.keep_every,
+        background_saves=recipe.checkpoint.background,
+        grace_s=parse_seconds(recipe.checkpoint.grace),
         log_every_steps=recipe.logging.every_steps,
         max_failures=recipe.cluster.max_failures,
         export=recipe.export.enabled,

@@ -180,6 +180,7 @@ def _numbers(recipe: Recipe) -> Iterator[Conflict]:
 def _texts(recipe: Recipe) -> Iterator[Conflict]:
     if recipe.train.max_time is not None:
         yield from _parsed("train.max_time", recipe.train.max_time, parse_seconds)
+    yield from _parsed("checkpoint.grace", recipe.checkpoint.grace, parse_seconds)
     yield from _parsed("export.max_shard_size", recipe.export.max_shard_size, parse_bytes)
     if recipe.name is not None and (not recipe.name.strip(".") or "/" in recipe.name):
         yield Conflict(("name",), f"'{recipe.name}' cannot name a folder", "give a word without slashes")

@@ -86,8 +86,10 @@ class Train(Section):
 class Optimizer(Section):
     """AdamW and its numbers."""
 
-    name: Literal["adamw"] = "adamw"
-    """Decoupled weight decay, as in Loshchilov and Hutter, 2019."""
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """Decoupled weight decay, as in Loshchilov and Hutter, 2019. `adamw_8bit`: its moments in 8 bits (bitsandbytes;
+    Dettmers et al., 2022), a quarter of the memory. They fit one cut only: a run resumes at the ZeRO stage and on the
+    number of ranks that it was saved with."""
     lr: Annotated[float, Field(gt=0)] = 2.0e-5
     """Peak learning rate."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -149,6 +151,14 @@ class Checkpoint(Section):
     """How many of the newest are kept."""
     keep_best: Annotated[int, Field(ge=0)] = 1
     """How many of those with the lowest evaluation loss are kept beside them."""
+    keep_every: PositiveInt | None = None
+    """Every checkpoint whose step divides by this many steps is kept for good. Left out: none."""
+    background: bool = True
+    """Write while training goes on: the loop waits only for a copy in host memory, as large as this rank's part of the
+    checkpoint. Where a host has no room for the copies, its run says so and waits for the disk instead."""
+    grace: str = "25s"
+    """After SIGTERM: how long the run may take to save and end. What sends it kills what is still there after a while
+    (Kubernetes and Slurm: 30 seconds unless told otherwise)."""
 
 
 class Cluster(Section):

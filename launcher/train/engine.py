@@ -62,10 +62,14 @@ def optimizer_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
 
 
 def build_optimizer(groups: Iterable[dict[str, Any]], plan: Plan) -> torch.optim.Optimizer:
-    """AdamW over `groups`: DeepSpeed's vectorized one when a GPU run offloads and it can be compiled, torch's
-    otherwise."""
+    """AdamW over `groups`: bitsandbytes' where its moments are to take 8 bits, DeepSpeed's vectorized one when a GPU
+    run offloads and it can be compiled, torch's otherwise."""
     hyper = plan.trajectory.optimizer
     settings: dict[str, Any] = {"lr": hyper.lr, "betas": hyper.betas, "eps": hyper.eps}
+    if hyper.name == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(list(groups), **settings)
     if plan.layout.offload and plan.layout.device == "cuda":
         if not without_compiler():
             from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -95,7 +99,7 @@ def build_engine(model: torch.nn.Module, plan: Plan, batch: BatchLayout) -> Any:
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     for state in optimizer.state.values():
-        state["step"].zero_()
+        state["step"] = state["step"].zero_() if torch.is_tensor(state["step"]) else 0
     return engine
 
 

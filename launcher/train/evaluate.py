@@ -1,10 +1,15 @@
-"""Measuring on held-out rows: loss and token accuracy, and exact match of answers in words. All collective."""
+"""Measuring on held-out rows: loss and token accuracy, and exact match of answers in words. All collective.
+
+Both may take longer than a preempted machine has left: they break off when any rank says that it is to stop, all ranks
+after the same batch, and then give no figure.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +19,14 @@ from transformers import PreTrainedTokenizerBase
 
 from launcher.data.loader import EvalData, TestRows
 from launcher.plan.plan import GeneratePlan
+from launcher.store.durable import replace_synced
+from launcher.train.agreement import agreed
 from launcher.train.loss import SupervisedLoss
+
+log = logging.getLogger(__name__)
+
+AGREE_EVERY = 8
+"""Batches of the loss between two questions whether to stop; batches of generation are slow and ask each time."""
 
 
 @contextlib.contextmanager
@@ -29,12 +41,23 @@ def evaluating(engine: Any) -> Iterator[None]:
 
 
 def evaluate_loss(
-    engine: Any, loss: SupervisedLoss, data: EvalData, token_budget: int, device: torch.device
-) -> tuple[float, float]:
-    """Mean loss over all supervised evaluation tokens, and the share of them that were the most likely token."""
+    engine: Any,
+    loss: SupervisedLoss,
+    data: EvalData,
+    token_budget: int,
+    device: torch.device,
+    stopping: Callable[[], bool],
+) -> tuple[float, float] | None:
+    """Mean loss over all supervised evaluation tokens, and the share of them that were the most likely token.
+
+    None where `stopping` of any rank said so on the way.
+    """
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     with evaluating(engine):
-        for batch in data.micro_batches(token_budget, dist.get_world_size(), dist.get_rank()):
+        # As many batches on every rank: see `EvalData.micro_batches`.
+        for i, batch in enumerate(data.micro_batches(token_budget, dist.get_world_size(), dist.get_rank())):
+            if i % AGREE_EVERY == 0 and agreed(stopping(), device):
+                return None
             loss_sum, correct = loss(batch)
             count = float(len(batch.targets))
             totals += torch.stack([loss_sum.double(), correct.double(), torch.tensor(count, device=device).double()])
@@ -52,17 +75,21 @@ def exact_match(
     zero_stage: int,
     device: torch.device,
     answers_file: Path,
-) -> float:
+    stopping: Callable[[], bool],
+) -> float | None:
     """Share of test rows whose greedy answer equals the reference, surrounding white space aside.
 
     Rows are dealt out to the ranks in batches; every rank runs the same number of batches. The answers go to
-    `answers_file`, a line {"where", "prompt", "reference", "answer", "correct"} each, in the order of the rows.
+    `answers_file`, a line {"where", "prompt", "reference", "answer", "correct"} each, in the order of the rows; a disk
+    that does not take them is only logged. None, and no file, where `stopping` of any rank said so on the way.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     batches = [range(i, min(i + settings.batch_size, len(rows))) for i in range(0, len(rows), settings.batch_size)]
     answered: list[tuple[int, str]] = []
     with evaluating(engine):
         for first in range(0, len(batches), world_size):
+            if agreed(stopping(), device):
+                return None
             mine = batches[first + rank] if first + rank < len(batches) else batches[-1]
             texts = _answers(
                 engine.module, [rows[i].prompt_ids for i in mine], tokenizer, end_of_turn, settings, zero_stage, device
@@ -86,9 +113,11 @@ def exact_match(
             }
         )
     if rank == 0:
-        answers_file.write_text(
-            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
-        )
+        content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        try:
+            replace_synced(answers_file, content.encode("utf-8", errors="backslashreplace"))
+        except OSError as error:
+            log.warning("the answers are not kept: %s: %s", answers_file, error.strerror or error)
     return sum(line["correct"] for line in lines) / len(lines)
 
 

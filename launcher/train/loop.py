@@ -5,67 +5,23 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
 
-from launcher.checkpoint.retain import retain
-from launcher.checkpoint.save import save
-from launcher.data.loader import EvalData, GlobalBatch, MicroBatch, TestRows, TrainData
+from launcher.data.loader import GlobalBatch, MicroBatch
+from launcher.errors import Superseded
 from launcher.plan.batch import BatchLayout
-from launcher.plan.plan import Plan
+from launcher.train.agreement import agreed, agreed_on_time
 from launcher.train.engine import optimizer_step as step_engine
 from launcher.train.evaluate import evaluate_loss, exact_match
-from launcher.train.loss import SupervisedLoss
-from launcher.train.metrics import MetricsLog
+from launcher.train.parts import Parts, Progress
 from launcher.train.probe import write_probe
+from launcher.train.saving import PATIENCE_S, checkpoint, report_saves, save_last
 from launcher.train.schedule import lr_factor
-from launcher.train.throughput import Stopwatch, memory_bytes
-from launcher.train.verdict import Verdict, stop_requested
-
-
-@dataclass
-class Progress:
-    """Where the run is; saved with every checkpoint."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    tokens: int = 0
-    supervised_tokens: int = 0
-    elapsed_s: float = 0.0
-    """Seconds in the loop, over all attempts."""
-    eval_loss: float | None = None
-    """Of the latest evaluation."""
-    exact_match_before: float | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Everything the loop works with, made by `run.py` from the Plan."""
-
-    plan: Plan
-    batch: BatchLayout
-    engine: Any
-    loss: SupervisedLoss
-    train_data: TrainData
-    eval_data: EvalData
-    test_rows: TestRows | None
-    tokenizer: PreTrainedTokenizerBase
-    end_of_turn: int
-    device: torch.device
-    log: MetricsLog
-    watch: Stopwatch
-    attempt: int
-
-    @property
-    def run_dir(self) -> Path:
-        return Path(self.plan.run_dir)
+from launcher.train.throughput import memory_bytes
+from launcher.train.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -83,18 +39,28 @@ class StepResult:
 
 
 def train(parts: Parts, progress: Progress) -> Verdict:
-    """Run from `progress` to the end of the plan, or to a stop. Collective; the verdict is equal on all ranks."""
-    plan, life = parts.plan, parts.plan.lifecycle
+    """Run from `progress` to the end of the plan, or to a stop. Collective; the verdict is equal on all ranks.
+
+    Raises Superseded where another launcher has taken the run over.
+    """
+    plan, life, resumed_at = parts.plan, parts.plan.lifecycle, progress.step
     clock = time.monotonic() - progress.elapsed_s
+    slow = False
     if progress.step == 0 and parts.test_rows is not None:
         progress.exact_match_before = answer_test_rows(parts, 0)
+        if progress.exact_match_before is None:
+            return Verdict("stopped", 0, "stopped before the first step")
     parts.watch.lap()
     while progress.step < life.total_steps:
-        step = progress.step
+        step, began = progress.step, time.monotonic()
         global_batch = parts.train_data.global_batch(step)
         learning_rate = plan.trajectory.optimizer.lr * lr_factor(plan.trajectory.schedule, step, life.total_steps)
-        result = optimizer_step(parts, step, global_batch, learning_rate)
+        result = optimizer_step(parts, step, global_batch, learning_rate, interruptible=slow)
+        if result is None:
+            return stop(parts, progress, resumed_at)
         if result.not_finite is not None:
+            parts.saver.join()
+            report_saves(parts)
             return Verdict(
                 "not_finite",
                 step,
@@ -107,25 +73,53 @@ def train(parts: Parts, progress: Progress) -> Verdict:
         progress.supervised_tokens += global_batch.supervised_tokens
         progress.elapsed_s = time.monotonic() - clock
         last = progress.step == life.total_steps
-        out_of_time = agreed_out_of_time(parts, progress.elapsed_s)
-        ending = last or out_of_time or result.stop
-        if progress.step % life.log_every_steps == 0 or ending:
+        limited = agreed_on_time(parts, progress.elapsed_s, time.monotonic() - began)
+        slow, out_of_time = limited.slow, limited.over
+        report_saves(parts)
+        if progress.step % life.log_every_steps == 0 or last or out_of_time or result.stop:
             log_step(parts, progress, global_batch, result, learning_rate)
-        if progress.step % life.eval_every_steps == 0 or last or out_of_time:
-            measure(parts, progress)
-        if progress.step % life.checkpoint_every_steps == 0 or ending:
-            checkpoint(parts, progress)
         if result.stop and not last:
-            return Verdict("stopped", progress.step, f"stopped and saved at step {progress.step}")
-        if out_of_time and not last:
-            finish(parts, progress)
-            return Verdict("out_of_time", progress.step, f"train.max_time is over: saved at step {progress.step}")
+            return stop(parts, progress, resumed_at)
+        measured = True
+        if progress.step % life.eval_every_steps == 0 or last or out_of_time:
+            measured = measure(parts, progress)
+        if last or out_of_time:
+            return end(parts, progress, "finished" if last else "out_of_time")
+        if not measured:
+            return stop(parts, progress, resumed_at)
+        if progress.step % life.checkpoint_every_steps == 0:
+            checkpoint(parts, progress)
+    return end(parts, progress, "finished", saved=resumed_at == progress.step)
+
+
+def stop(parts: Parts, progress: Progress, resumed_at: int) -> Verdict:
+    """Save what has been done, as soon as can be."""
+    if progress.step > resumed_at and (unsaved := save_last(parts, progress, patience_s=0.0)):
+        return unsaved
+    parts.saver.join()
+    report_saves(parts)
+    return Verdict("stopped", progress.step, f"stopped and saved at step {progress.step}")
+
+
+def end(parts: Parts, progress: Progress, kind: Literal["finished", "out_of_time"], saved: bool = False) -> Verdict:
+    """Save the last step for good, then measure what only an end can be measured by."""
+    if not saved and (unsaved := save_last(parts, progress, PATIENCE_S)):
+        return unsaved
     finish(parts, progress)
-    return Verdict("finished", progress.step, f"finished {progress.step} steps")
+    message = f"finished {progress.step} steps"
+    if kind == "out_of_time":
+        message = f"train.max_time is over: saved at step {progress.step}"
+    return Verdict(kind, progress.step, message)
 
 
-def optimizer_step(parts: Parts, step: int, global_batch: GlobalBatch, learning_rate: float) -> StepResult:
-    """Forward and backward over this rank's micro batches, then one optimizer step."""
+def optimizer_step(
+    parts: Parts, step: int, global_batch: GlobalBatch, learning_rate: float, interruptible: bool = False
+) -> StepResult | None:
+    """Forward and backward over this rank's micro batches, then one optimizer step.
+
+    None where the step was given up for a stop, which is looked for between its micro batches if it is `interruptible`:
+    the weights are those of the step before.
+    """
     engine, batch, rank = parts.engine, parts.batch, dist.get_rank()
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -140,6 +134,8 @@ def optimizer_step(parts: Parts, step: int, global_batch: GlobalBatch, learning_
     result: StepResult | None = None
     grad_norm: float | None = None
     for micro_step in range(batch.num_micro_steps):
+        if interruptible and agreed(parts.stopping(), parts.device):
+            return None
         with parts.watch.part("data"):
             micro_batch = next(micro_batches)
             seen.append(micro_batch)
@@ -154,6 +150,9 @@ def optimizer_step(parts: Parts, step: int, global_batch: GlobalBatch, learning_
                 return result
         with parts.watch.part("backward"):
             engine.backward(loss_sum * scale)
+        if boundary:
+            with parts.watch.part("checkpoint"):
+                parts.saver.before_update()
         with parts.watch.part("step"):
             grad_norm = step_engine(engine, parts.plan)
     assert result is not None
@@ -178,20 +177,24 @@ def agree(
     seen: list[MicroBatch],
     global_batch: GlobalBatch,
 ) -> StepResult:
-    """Add the ranks' sums up, and tell every rank of a stop request or a loss that is not finite: the step's only
-    wait."""
-    stop = dist.get_rank() == 0 and stop_requested(parts.run_dir)
+    """Add the ranks' sums up, and tell every rank of a stop request, a lost lease or a loss that is not finite: the
+    step's only wait.
+
+    Raises Superseded.
+    """
     finite = torch.isfinite(losses)
-    totals = torch.stack(
+    totals = torch.cat(
         [
-            losses.double().sum(),
-            correct.double(),
-            (~finite).sum().double(),
-            torch.tensor(float(stop), device=parts.device).double(),
+            torch.stack([losses.double().sum(), correct.double(), (~finite).sum().double()]),
+            torch.tensor([parts.stopping(), parts.saver.superseded], device=parts.device).double(),
         ]
     )
     dist.all_reduce(totals)
-    loss_total, correct_total, num_bad, stops = totals.tolist()
+    loss_total, correct_total, num_bad, stops, superseded = totals.tolist()
+    if superseded:
+        raise Superseded(
+            f"another launcher has taken {parts.plan.location} over", hint="stop this launcher, the other one goes on"
+        )
     loss, accuracy = loss_total / global_batch.weight, correct_total / global_batch.supervised_tokens
     not_finite = None
     if num_bad:
@@ -202,16 +205,6 @@ def agree(
         shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
         not_finite = f"the loss of step {step + 1} is {loss}; rows: {shown}"
     return StepResult(loss, accuracy, bool(stops), not_finite)
-
-
-def agreed_out_of_time(parts: Parts, elapsed_s: float) -> bool:
-    """Rank 0's clock decides for all; no collective where the plan has no limit."""
-    limit = parts.plan.lifecycle.max_time_s
-    if limit is None:
-        return False
-    over = torch.tensor(float(elapsed_s >= limit), device=parts.device)
-    dist.broadcast(over, 0)
-    return bool(over.item())
 
 
 def log_step(parts: Parts, progress: Progress, global_batch: Any, result: StepResult, learning_rate: float) -> None:
@@ -233,21 +226,29 @@ def log_step(parts: Parts, progress: Progress, global_batch: Any, result: StepRe
     )
 
 
-def measure(parts: Parts, progress: Progress) -> None:
-    """Evaluation loss and token accuracy, where rows are held out."""
+def measure(parts: Parts, progress: Progress) -> bool:
+    """Evaluation loss and token accuracy, where rows are held out; False where a stop came first."""
     if not parts.eval_data.num_documents:
-        return
+        return True
     layout, data = parts.plan.layout, parts.plan.trajectory.data
     with parts.watch.part("evaluate"):
-        loss, accuracy = evaluate_loss(
-            parts.engine, parts.loss, parts.eval_data, data.max_length * layout.micro_batch_size, parts.device
+        found = evaluate_loss(
+            parts.engine,
+            parts.loss,
+            parts.eval_data,
+            data.max_length * layout.micro_batch_size,
+            parts.device,
+            parts.stopping,
         )
-    progress.eval_loss = loss
-    parts.log.write("eval", step=progress.step, loss=loss, accuracy=accuracy)
+    if found is None:
+        return False
+    progress.eval_loss, accuracy = found
+    parts.log.write("eval", step=progress.step, loss=progress.eval_loss, accuracy=accuracy)
+    return True
 
 
-def answer_test_rows(parts: Parts, step: int) -> float:
-    """Exact match on the test rows; the answers are kept in the run's folder."""
+def answer_test_rows(parts: Parts, step: int) -> float | None:
+    """Exact match on the test rows, None where a stop came first; the answers are kept in the run's folder."""
     life = parts.plan.lifecycle
     assert parts.test_rows is not None
     assert life.generate is not None
@@ -261,19 +262,12 @@ def answer_test_rows(parts: Parts, step: int) -> float:
             parts.plan.layout.zero,
             parts.device,
             parts.run_dir / f"answers-{step:08d}.jsonl",
+            parts.stopping,
         )
+    if score is None:
+        return None
     parts.log.write("exact_match", step=step, score=score, rows=len(parts.test_rows))
     return score
-
-
-def checkpoint(parts: Parts, progress: Progress) -> None:
-    """Save, then drop what is superseded."""
-    life = parts.plan.lifecycle
-    with parts.watch.part("checkpoint"):
-        path = save(parts.run_dir, progress.step, parts.attempt, parts.engine, progress.as_dict(), parts.plan)
-        if dist.get_rank() == 0:
-            retain(parts.run_dir, life.keep_last, life.keep_best)
-    parts.log.write("checkpoint", step=progress.step, path=path.name)
 
 
 def finish(parts: Parts, progress: Progress) -> None:

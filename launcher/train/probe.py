@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from launcher.data.loader import MicroBatch
+from launcher.store.durable import replace_synced
 from launcher.train.evaluate import evaluating
 from launcher.train.loss import SupervisedLoss
+
+log = logging.getLogger(__name__)
 
 MAX_TOKENS = 128
 
@@ -21,7 +25,7 @@ def probe_file(run_dir: Path, step: int) -> Path:
 
 def write_probe(loss: SupervisedLoss, batch: MicroBatch, run_dir: Path, step: int, rank: int) -> None:
     """Save {"input_ids" [T] int64, "logits" [T, V] fp32} of the batch's first document. Collective: every rank
-    computes it."""
+    computes it. A disk that does not take the file is only logged."""
     length = min(int(batch.cu_seqlens[1]), MAX_TOKENS)
     document = MicroBatch(
         input_ids=batch.input_ids[:, :length],
@@ -37,7 +41,13 @@ def write_probe(loss: SupervisedLoss, batch: MicroBatch, run_dir: Path, step: in
     with evaluating(loss.network):
         logits = loss.logits(document).float().cpu().contiguous()
     if rank == 0:
-        save_file({"input_ids": document.input_ids[0].contiguous(), "logits": logits}, probe_file(run_dir, step))
+        path = probe_file(run_dir, step)
+        # As bytes: safetensors' own writer leaves half a file on a full disk, and raises what is no OSError.
+        content = save({"input_ids": document.input_ids[0].contiguous(), "logits": logits})
+        try:
+            replace_synced(path, content)
+        except OSError as error:
+            log.warning("the export will have no probe to be checked with: %s: %s", path, error.strerror or error)
 
 
 def read_probe(run_dir: Path, step: int) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -12,15 +12,20 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from launcher.checkpoint.load import load, newest_sound
+from launcher.checkpoint.lease import Attempt, acquire, begin
+from launcher.checkpoint.load import load_newest
+from launcher.checkpoint.saver import Saver
+from launcher.checkpoint.together import together
 from launcher.data.loader import EvalData, TestRows, TrainData
-from launcher.errors import ModelError
+from launcher.errors import ModelError, SlipwayError
 from launcher.model import attention
 from launcher.model.adapters import apply_method, enable_gradient_checkpointing
 from launcher.model.added_tokens import added_ids
@@ -28,41 +33,63 @@ from launcher.model.load import load_model
 from launcher.plan.batch import BatchLayout, batch_layout
 from launcher.plan.deepspeed import deepspeed_config
 from launcher.plan.plan import Plan
+from launcher.store.location import open_store
+from launcher.store.spool import Spool
+from launcher.store.store import Store
 from launcher.train.engine import build_engine, join_communication
-from launcher.train.loop import Parts, Progress, train
+from launcher.train.loop import train
 from launcher.train.loss import SupervisedLoss
 from launcher.train.metrics import MetricsLog
+from launcher.train.parts import Parts, Progress
+from launcher.train.stop import StopSignal
 from launcher.train.throughput import Stopwatch
-from launcher.train.verdict import Verdict
+from launcher.train.verdict import Verdict, stop_requested
 
 log = logging.getLogger(__name__)
 
 
-def train_run(plan: Plan, attempt: int) -> Verdict:
+def train_run(plan: Plan, launch: int, interrupted: Callable[[], bool] = lambda: False) -> Verdict:
     """Train to the plan's end, or to a stop. The process group must be open; every rank calls this.
 
+    `launch` is the lease's number, 0 where nobody holds one; `interrupted` tells of a signal to this process.
+
     Raises:
-        SlipwayError: found on all ranks alike, such as a model that cannot be loaded.
+        SlipwayError: found on all ranks alike, such as a model that cannot be loaded; Superseded where another launcher
+            has taken the run over.
     """
     world_size, rank = dist.get_world_size(), dist.get_rank()
     device = use_device(plan)
     batch = batch_layout(plan.trajectory.global_batch_size, plan.layout.micro_batch_size, world_size)
-    run_dir = Path(plan.run_dir)
-    metrics = MetricsLog(run_dir, writes=rank == 0)
+    run_dir, store = Path(plan.run_dir), open_store(plan.location)
+    attempt = begin_together(store, launch)
+    metrics = MetricsLog(run_dir, str(attempt), writes=rank == 0)
+
+    def stopping() -> bool:
+        return interrupted() or (rank == 0 and stop_requested(run_dir))
+
     try:
-        parts = build_parts(plan, batch, device, metrics, attempt)
+        parts = build_parts(plan, batch, device, metrics, store, attempt, stopping)
         progress = resume_point(parts)
         metrics.write(
             "start",
             step=progress.step,
-            attempt=attempt,
             world_size=world_size,
             micro_steps=batch.num_micro_steps,
             workers=everybody(),
         )
+        if parts.saver.without_room is not None:
+            metrics.write("saves_in_foreground", message=parts.saver.without_room)
         return train(parts, progress)
     finally:
         metrics.close()
+
+
+def begin_together(store: Store, launch: int) -> Attempt:
+    """This start's attempt, the same on all ranks. Collective. Raises Superseded, RunFolderError."""
+    rank = dist.get_rank()
+    attempt = together(f"beginning in {store}", lambda: begin(store, launch) if rank == 0 else None)[0]
+    assert attempt is not None
+    return attempt
 
 
 def everybody() -> list[dict[str, Any]]:
@@ -101,7 +128,15 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def build_parts(plan: Plan, batch: BatchLayout, device: torch.device, metrics: MetricsLog, attempt: int) -> Parts:
+def build_parts(
+    plan: Plan,
+    batch: BatchLayout,
+    device: torch.device,
+    metrics: MetricsLog,
+    store: Store,
+    attempt: Attempt,
+    stopping: Callable[[], bool],
+) -> Parts:
     """Model, engine and data of one rank."""
     from transformers import AutoTokenizer
 
@@ -120,6 +155,7 @@ def build_parts(plan: Plan, batch: BatchLayout, device: torch.device, metrics: M
     engine = build_engine(model, plan, batch)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     generate = plan.lifecycle.generate
+    spool = Spool(store, Path(plan.run_dir))
     return Parts(
         plan=plan,
         batch=batch,
@@ -133,38 +169,71 @@ def build_parts(plan: Plan, batch: BatchLayout, device: torch.device, metrics: M
         device=device,
         log=metrics,
         watch=Stopwatch(device),
-        attempt=attempt,
+        saver=Saver(store, attempt, plan, engine, device, alongside=lambda: spool.push(spooled(Path(plan.run_dir)))),
+        stopping=stopping,
     )
 
 
+def spooled(run_dir: Path) -> list[str]:
+    """What of this rank goes up with a checkpoint where the run is in an object store."""
+    rank = dist.get_rank()
+    names = [f"logs/worker-{rank}.log"]
+    if rank == 0:
+        measured = sorted(path.name for kind in ("answers-*", "probe-*") for path in run_dir.glob(kind))
+        names += ["metrics.jsonl", "logs/failures.jsonl", *measured]
+    return names
+
+
 def resume_point(parts: Parts) -> Progress:
-    """Load the newest sound checkpoint, if there is one; every rank takes the one rank 0 chose."""
-    choice: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        newest, damaged = newest_sound(parts.run_dir)
-        for message in damaged:
+    """Load the newest sound checkpoint, if there is one."""
+    saver = parts.saver
+    checkpoint, progress, damaged = load_newest(saver.store, parts.engine, parts.plan, saver.group)
+    for message in damaged:
+        if dist.get_rank() == 0:
             log.warning("%s", message)
-            parts.log.write("damaged_checkpoint", message=message)
-        choice = [str(newest) if newest is not None else None]
-    dist.broadcast_object_list(choice, 0)
-    if choice[0] is None:
+        parts.log.write("damaged_checkpoint", message=message)
+    if checkpoint is None:
         return Progress()
-    return Progress(**load(Path(choice[0]), parts.engine, parts.plan))  # type: ignore[arg-type]
+    saver.newest = checkpoint.step
+    return Progress(**progress)
 
 
 def main(plan_file: str) -> int:
-    """Entry for torchrun: opens the process group from the environment, writes the verdict, returns its exit code."""
+    """Entry for torchrun: opens the process group from the environment, trains, returns the exit code."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     plan = Plan.load(Path(plan_file))
     dist.init_process_group("nccl" if plan.layout.device == "cuda" else "gloo")
+    code = train_alone(plan)
+    dist.destroy_process_group()
+    return code
+
+
+def train_alone(plan: Plan) -> int:
+    """Train without a driver: hold the lease, heed signals, write the verdict; the exit code. Collective."""
     try:
-        verdict = train_run(plan, attempt=0)
-        if dist.get_rank() == 0:
-            verdict.save(Path(plan.run_dir))
-            sys.stderr.write(verdict.message + "\n")
-        return verdict.exit_code
-    finally:
-        dist.destroy_process_group()
+        with StopSignal() as signal, lease(plan) as launch:
+            verdict = replace(train_run(plan, launch, lambda: signal.received is not None), launch=launch)
+            if dist.get_rank() == 0:
+                verdict.save(Path(plan.run_dir))
+                sys.stderr.write(verdict.message + "\n")
+    except SlipwayError as error:
+        sys.stderr.write(f"error: {error.message}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
+        return error.exit_code
+    if verdict.kind == "stopped" and signal.received is not None:
+        return 128 + signal.received
+    return verdict.exit_code
+
+
+@contextlib.contextmanager
+def lease(plan: Plan) -> Iterator[int]:
+    """Rank 0 holds the run for all, since torchrun has no launcher of ours; the lease's number. Collective.
+
+    Raises RunFolderError on all ranks where another launcher holds it.
+    """
+    store, rank = open_store(plan.location), dist.get_rank()
+    with contextlib.ExitStack() as held:
+        held_by_0 = together("taking the run", lambda: held.enter_context(acquire(store)).launch if rank == 0 else 0)
+        yield held_by_0[0]
 
 
 if __name__ == "__main__":

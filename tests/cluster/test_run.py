@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checkpoint.layout import newest_committed, step_of
+from launcher.checkpoint.layout import newest_committed
 from launcher.cli.app import main
+from launcher.store.folder import FolderStore
 from launcher.train.metrics import read
 from tests.cluster.command import Command, losses, workers
 
@@ -51,7 +52,9 @@ def test_killed_worker_then_killed_tree_then_resume_equals_the_uninterrupted_run
         command.wait_for("going on from the checkpoint of step 5")
         command.wait_for("step 13:")
         command.kill_tree()
-    assert step_of(newest_committed(run_dir) or Path()) == 10
+    saved = newest_committed(FolderStore(run_dir))
+    assert saved is not None
+    assert saved.step == 10
     with Command(folder, "resume", run_dir, "export.enabled=false") as command:
         code, _, err = command.end()
     assert code == 0, err
@@ -67,9 +70,9 @@ def test_ctrl_c_saves_and_exits_130_and_a_longer_run_goes_on(folder: Path) -> No
         code, _, err = command.end()
     assert code == 130, err
     assert "hint: slipway resume" in err
-    saved = newest_committed(run_dir)
+    saved = newest_committed(FolderStore(run_dir))
     assert saved is not None
-    assert 3 <= step_of(saved) < 24
+    assert 3 <= saved.step < 24
     with Command(folder, "resume", run_dir, "optimizer.lr=1") as command:
         code, _, err = command.end()
     assert code == 2
@@ -156,7 +159,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_verify_counts_sound_checkpoints_and_names_a_damaged_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert "checkpoints are sound" in said(capsys, "verify", "uninterrupted")
-    shard = sorted(Path("uninterrupted/checkpoints").glob("step-*/*.safetensors"))[0]
+    shard = sorted(Path("uninterrupted/checkpoints").glob("step-*/attempt-*/*.safetensors"))[0]
     good = shard.read_bytes()
     shard.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     try:

@@ -84,6 +84,7 @@ def tiny_run(root: Path, balance: Literal["none", "weights"] = "none", **scratch
     return Plan(
         name="tiny",
         run_dir=str(root / "run"),
+        location=str(root / "run"),
         version="0",
         recipe_hash="",
         trajectory=Trajectory(
@@ -120,6 +121,9 @@ def tiny_run(root: Path, balance: Literal["none", "weights"] = "none", **scratch
             checkpoint_every_steps=STEPS,
             keep_last=2,
             keep_best=0,
+            keep_every=None,
+            background_saves=True,
+            grace_s=25.0,
             log_every_steps=1,
             max_failures=0,
             export=False,
@@ -139,16 +143,21 @@ def variant(plan: Plan, name: str, **changes: Any) -> Plan:
         mine = {key: changes.pop(key) for key in list(changes) if key in type(fields).model_fields}
         parts[part] = fields.model_copy(update=mine)
     assert not changes, f"no part of a Plan has {sorted(changes)}"
-    return plan.model_copy(update=parts | {"run_dir": str(Path(plan.run_dir).parent / name)})
+    return plan.model_copy(update=parts | dict.fromkeys(("run_dir", "location"), str(Path(plan.run_dir).parent / name)))
 
 
 def open_folder(plan: Plan) -> None:
     """The run's folder as a launcher leaves it to the workers. Collective."""
     if dist.get_rank() == 0:
-        Path(plan.run_dir).mkdir(exist_ok=True)
-        (Path(plan.run_dir) / "recipe.yaml").write_text("name: tiny\n", encoding="utf-8")
-        (Path(plan.run_dir) / "environment.json").write_text('{"packages": {}}\n', encoding="utf-8")
+        open_alone(plan)
     dist.barrier()
+
+
+def open_alone(plan: Plan) -> None:
+    """The same, from one process."""
+    Path(plan.run_dir).mkdir(exist_ok=True)
+    (Path(plan.run_dir) / "recipe.yaml").write_text("name: tiny\n", encoding="utf-8")
+    (Path(plan.run_dir) / "environment.json").write_text('{"packages": {}}\n', encoding="utf-8")
 
 
 def train_all(plans: Sequence[Plan]) -> list[Verdict]:
@@ -160,7 +169,7 @@ def train_all(plans: Sequence[Plan]) -> list[Verdict]:
     verdicts = []
     for plan in plans:
         open_folder(plan)
-        verdicts.append(train_run(plan, attempt=0))
+        verdicts.append(train_run(plan, launch=0))
     return verdicts
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,15 +24,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launcher.checkpoint.layout import checkpoint_dir
+from launcher.checkpoint.deep import check, expected_of
 from launcher.checkpoint.load import load_weights
+from launcher.checkpoint.manifest import read, verify
 from launcher.data.prepare import prepare
 from launcher.export.folder import export, write_folder
 from launcher.export.merge import merged_model, trained_model
 from launcher.model.scratch import create_scratch
 from launcher.plan.deepspeed import deepspeed_config
 from launcher.plan.plan import Plan
+from launcher.store.folder import FolderStore
 from launcher.train.probe import probe_file, read_probe
+from tests.checkpoints import checkpoint_at, copy_checkpoint
 from tests.distributed.group import run_group
 from tests.distributed.runs import METHODS, curve, open_folder, tiny_run, variant, worst
 from tests.distributed.test_export import PLAIN
@@ -91,7 +93,7 @@ def train_and_look(plans: dict[str, Plan]) -> dict[str, Matrices]:
     from launcher.plan.batch import batch_layout
     from launcher.train.loop import train
     from launcher.train.metrics import MetricsLog
-    from launcher.train.run import build_parts, resume_point, use_device
+    from launcher.train.run import begin_together, build_parts, resume_point, use_device
 
     quiet()
     found = {}
@@ -99,8 +101,10 @@ def train_and_look(plans: dict[str, Plan]) -> dict[str, Matrices]:
         open_folder(plan)
         batch = batch_layout(plan.trajectory.global_batch_size, plan.layout.micro_batch_size, dist.get_world_size())
         with rows_partitioned():
-            log = MetricsLog(Path(plan.run_dir), writes=dist.get_rank() == 0)
-            parts = build_parts(plan, batch, use_device(plan), log, attempt=0)
+            store = FolderStore(Path(plan.run_dir))
+            attempt = begin_together(store, 0)
+            log = MetricsLog(Path(plan.run_dir), str(attempt), writes=dist.get_rank() == 0)
+            parts = build_parts(plan, batch, use_device(plan), log, store, attempt, lambda: False)
             assert train(parts, resume_point(parts)).kind == "finished"
         if plan.layout.zero == 3:
             assert not any(parameter.numel() for parameter in of_embedding_and_head(parts.engine.module).values())
@@ -206,8 +210,7 @@ def runs(bases: dict[str, Plan]) -> Runs:
     one = named(ONE_RANK, bases, "one")
     for name, zero in RESUMED.items():
         plan = variant(two[name], f"{Path(two[name].run_dir).name}-resumed", zero=zero, workers=1, micro_batch_size=6)
-        middle = checkpoint_dir(Path(two[name].run_dir), MIDDLE)
-        shutil.copytree(middle, checkpoint_dir(Path(plan.run_dir), MIDDLE))
+        copy_checkpoint(Path(two[name].run_dir), MIDDLE, Path(plan.run_dir))
         one[f"{name} resumed"] = plan
     found |= run_group(1, train_and_look, one, timeout_s=600)[0]
     return Runs(one | two, found)
@@ -222,7 +225,7 @@ def test_resumed_at_another_world_size_and_stage(runs: Runs) -> None:
     for name in RESUMED:
         runs.agree(f"{name} resumed", name, FP32, from_step=MIDDLE)
         ended, expected = (
-            load_weights(checkpoint_dir(Path(runs.plans[n].run_dir), STEPS)) for n in (f"{name} resumed", name)
+            load_weights(checkpoint_at(Path(runs.plans[n].run_dir), STEPS)) for n in (f"{name} resumed", name)
         )
         for key, tensor in expected.items():
             assert torch.allclose(ended[key], tensor, rtol=1e-3, atol=1e-5), key
@@ -245,12 +248,20 @@ def test_the_added_rows_moved_and_no_other(runs: Runs, bases: dict[str, Plan]) -
 
 def test_checkpoints_hold_the_rows_and_their_moments(runs: Runs) -> None:
     for name in ("untied lora zero 3", "tied lora zero 3"):
-        manifest = json.loads((checkpoint_dir(Path(runs.plans[name].run_dir), STEPS) / "manifest.json").read_text())
-        rows = {key: shape for key, shape in manifest["parameters"].items() if "trainable_tokens_delta" in key}
-        assert list(rows.values()) == [[3, 64]] * (2 if name.startswith("untied") else 1)
-        weights = load_weights(checkpoint_dir(Path(runs.plans[name].run_dir), STEPS))
+        checkpoint = checkpoint_at(Path(runs.plans[name].run_dir), STEPS)
+        rows = {key: shape for key, shape in read(checkpoint).parameters.items() if "trainable_tokens_delta" in key}
+        assert list(rows.values()) == [(3, 64)] * (2 if name.startswith("untied") else 1)
+        weights = load_weights(checkpoint)
         for key in rows:
             assert torch.equal(weights[key], runs.matrices[name][key])
+
+
+def test_a_deep_check_knows_the_rows_from_the_plan_alone(runs: Runs) -> None:
+    for plan in runs.plans.values():
+        checkpoint = checkpoint_at(Path(plan.run_dir), STEPS)
+        expected = expected_of(plan, [])
+        assert expected.source == "the model of the run's plan.json"
+        check(checkpoint, verify(checkpoint), expected)
 
 
 EXPORTED = ("untied lora zero 3", "untied qlora zero 3", "tied lora zero 3", "tied qlora zero 0")
@@ -265,7 +276,7 @@ def folders(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[
     for name, merged in itertools.product(EXPORTED, (False, True)):
         plan = runs.plans[name]
         tokenizer = AutoTokenizer.from_pretrained(Path(plan.data.folder) / "tokenizer")
-        model: Any = trained_model(plan, checkpoint_dir(Path(plan.run_dir), STEPS))
+        model: Any = trained_model(plan, checkpoint_at(Path(plan.run_dir), STEPS))
         model = merged_model(plan, model) if merged else model
         folder = made[f"{name} merged" if merged else name] = root / f"{name.replace(' ', '-')}-{merged}"
         write_folder(plan, model, tokenizer, folder, merged)
@@ -386,7 +397,7 @@ def test_every_method_at_every_stage(bases: dict[str, Plan], world_size: int) ->
     for name, plan in many.items():
         if plan.trajectory.method.rank is not None:
             continue
-        model: Any = trained_model(plan, checkpoint_dir(Path(plan.run_dir), STEPS))
+        model: Any = trained_model(plan, checkpoint_at(Path(plan.run_dir), STEPS))
         probe = read_probe(Path(plan.run_dir), STEPS)
         assert probe is not None
         with torch.no_grad():

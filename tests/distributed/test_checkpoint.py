@@ -10,18 +10,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launcher.checkpoint.layout import checkpoint_dir, committed, staging
-from launcher.checkpoint.lease import acquire
-from launcher.checkpoint.load import load, load_weights, newest_sound
-from launcher.checkpoint.manifest import read
+from launcher.checkpoint.layout import Checkpoint, committed
+from launcher.checkpoint.lease import Attempt, acquire, begin
+from launcher.checkpoint.load import load, load_newest, load_weights
+from launcher.checkpoint.manifest import newest_sound, read
 from launcher.checkpoint.save import save
-from launcher.errors import CheckpointError, RunFolderError
+from launcher.errors import CheckpointError, DamagedCheckpoint, RunFolderError, Superseded
+from launcher.store.folder import FolderStore
 from tests.distributed.group import run_group
 from tests.distributed.tiny import quiet, tiny_engine, tiny_plan, train
 
 pytestmark = pytest.mark.distributed
 
 SAVED_AT = 4
+FIRST = Attempt(0, 1)
 
 # (ZeRO stage, dtype, offload); bf16 at stage 1 is one class of DeepSpeed's with offload and another without.
 LAYOUTS = [(zero, dtype, False) for dtype in ("fp32", "bf16") for zero in range(4)]
@@ -32,19 +34,33 @@ def folder_of(root: Path, zero: int, dtype: str, offload: bool) -> Path:
     return root / f"{dtype}-zero{zero}{'-offload' if offload else ''}"
 
 
+def checkpoint_at(run_dir: Path, step: int) -> Checkpoint:
+    return Checkpoint(FolderStore(run_dir), step)
+
+
+def begun(run_dir: Path) -> FolderStore:
+    """The run's store, in which the attempt FIRST has begun. Collective."""
+    store = FolderStore(run_dir)
+    if dist.get_rank() == 0:
+        run_dir.mkdir(exist_ok=True)
+        assert begin(store, 0) == FIRST
+    dist.barrier()
+    return store
+
+
 def uninterrupted(root: Path) -> dict[str, list[float]]:
     """Train eight steps with each layout, saved after the fourth and the last; the losses of the second half."""
     quiet()
     losses = {}
     for zero, dtype, offload in LAYOUTS:
         run_dir = folder_of(root, zero, dtype, offload)
-        run_dir.mkdir(exist_ok=True)
+        store = begun(run_dir)
         plan = tiny_plan(run_dir, zero, dtype, offload)
         with tiny_engine(plan) as engine:
             before = train(engine, plan, 0, SAVED_AT)
-            save(run_dir, SAVED_AT, 1, engine, {"losses": before, "eval_loss": before[-1]}, plan)
+            save(store, SAVED_AT, FIRST, engine, {"losses": before, "eval_loss": before[-1]}, plan)
             losses[run_dir.name] = train(engine, plan, SAVED_AT, 4)
-            save(run_dir, 8, 1, engine, {}, plan)
+            save(store, 8, FIRST, engine, {}, plan)
     return losses
 
 
@@ -56,12 +72,10 @@ def resumed(root: Path, again: Path) -> dict[str, list[float]]:
         run_dir = folder_of(root, zero, dtype, offload)
         plan = tiny_plan(run_dir, zero, dtype, offload)
         with tiny_engine(plan) as engine:
-            progress = load(checkpoint_dir(run_dir, SAVED_AT), engine, plan)
+            progress = load(checkpoint_at(run_dir, SAVED_AT), engine, plan)
             assert len(progress["losses"]) == SAVED_AT  # type: ignore[arg-type]
             losses[run_dir.name] = train(engine, plan, SAVED_AT, 4)
-            ends = again / run_dir.name
-            ends.mkdir(exist_ok=True)
-            save(ends, 8, 1, engine, {}, plan)
+            save(begun(again / run_dir.name), 8, FIRST, engine, {}, plan)
     return losses
 
 
@@ -74,7 +88,7 @@ def resharded(root: Path, pairs: list[tuple[str, int, bool]]) -> list[list[float
         with tiny_engine(plan) as engine:
             # ZeRO-3 gathers its small parameters at the first forward and keeps them: from then on they can be stale.
             train(engine, plan, 0, 1)
-            load(checkpoint_dir(root / name, SAVED_AT), engine, plan)
+            load(checkpoint_at(root / name, SAVED_AT), engine, plan)
             losses.append(train(engine, plan, SAVED_AT, 4))
     return losses
 
@@ -124,7 +138,7 @@ def test_fresh_processes_go_on_bit_for_bit_and_at_any_stage(
     again, elsewhere = run_group(2, fresh, root, tmp_path)[0]
     assert again == expected
     for name in expected:
-        first, second = checkpoint_dir(root / name, 8), checkpoint_dir(tmp_path / name, 8)
+        first, second = checkpoint_at(root / name, 8), checkpoint_at(tmp_path / name, 8)
         assert read(first).optimizer_step == read(second).optimizer_step == 8
         assert read(first).files == read(second).files  # masters and both moments, every byte
     check_resharded(elsewhere, 2, expected)
@@ -140,7 +154,7 @@ def test_goes_on_at_another_world_size_from_the_first_step(
 
 def test_weights_are_whole_without_a_process_group(runs: tuple[Path, dict[str, list[float]]]) -> None:
     root, expected = runs
-    fp32 = [load_weights(checkpoint_dir(root / name, 8)) for name in expected if name.startswith("fp32")]
+    fp32 = [load_weights(checkpoint_at(root / name, 8)) for name in expected if name.startswith("fp32")]
     assert fp32[0]["model.embed_tokens.weight"].shape == (127, 32)
     for weights in fp32[1:]:
         assert weights.keys() == fp32[0].keys()
@@ -155,12 +169,12 @@ def frozen_and_untrained(root: Path) -> list[list[str]]:
     names = []
     for zero, count in ((0, 1), (3, 1), (0, 0), (1, 0), (2, 0), (3, 0)):
         run_dir = root / f"zero{zero}-after{count}"
-        run_dir.mkdir(exist_ok=True)
+        store = begun(run_dir)
         plan = tiny_plan(run_dir, zero, "bf16")
         with tiny_engine(plan, freeze_first=True) as engine:
             train(engine, plan, 0, count)
             whole = [p.detach().clone() for p in engine.module.parameters()]
-            path = save(run_dir, count, 1, engine, {}, plan)
+            path = save(store, count, FIRST, engine, {}, plan)
             assert all(torch.equal(a, b) for a, b in zip(whole, engine.module.parameters(), strict=True))
             names.append(sorted(read(path).parameters))
             expected = train(engine, plan, count, 2)
@@ -196,7 +210,7 @@ def failing(run_dir: Path) -> dict[str, str]:
     """What each failure says on this rank."""
     quiet()
     said: dict[str, str] = {}
-    plan = tiny_plan(run_dir, 3)
+    plan, store, second, third = tiny_plan(run_dir, 3), FolderStore(run_dir), Attempt(2, 1), Attempt(3, 1)
 
     def failed(kind: type[Exception], what: str, action: Callable[[], object]) -> None:
         try:
@@ -207,39 +221,45 @@ def failing(run_dir: Path) -> dict[str, str]:
             raise AssertionError(f"{what}: nothing was raised")
         dist.barrier()
 
+    if dist.get_rank() == 0:
+        for launch in (1, 2):
+            with acquire(store):
+                begin(store, launch)
+    dist.barrier()
     with tiny_engine(plan) as engine:
-        first = save(run_dir, 1, 2, engine, {"n": 1}, plan)
-        written = (first / "COMMIT").stat().st_mtime_ns
-        assert save(run_dir, 1, 2, engine, {"n": 2}, plan) == first
-        assert (first / "COMMIT").stat().st_mtime_ns == written
+        first = save(store, 1, second, engine, {"n": 1}, plan)
+        commit = run_dir / first.commit
+        written = commit.stat().st_mtime_ns
+        assert save(store, 1, second, engine, {"n": 2}, plan) == first
+        assert commit.stat().st_mtime_ns == written
 
         # A disk that takes no more, on one rank only: the kernel itself refuses the write.
         unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
         if dist.get_rank() == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, unlimited[1]))
-        failed(RunFolderError, "full", lambda: save(run_dir, 2, 2, engine, {}, plan))
+        failed(RunFolderError, "full", lambda: save(store, 2, second, engine, {}, plan))
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-        assert committed(run_dir) == [first]
-        assert staging(run_dir) == []
-        failed(CheckpointError, "progress", lambda: save(run_dir, 2, 2, engine, {"x": object()}, plan))
-        assert staging(run_dir) == []
+        assert committed(store) == [first]
+        assert checkpoint_at(run_dir, 2).attempts() == []
+        failed(CheckpointError, "progress", lambda: save(store, 2, second, engine, {"x": object()}, plan))
+        assert checkpoint_at(run_dir, 2).attempts() == []
         dist.barrier()
 
         if dist.get_rank() == 0:
-            acquire(run_dir).release()
-            acquire(run_dir).release()
-            acquire(run_dir).release()
+            with acquire(store):
+                begin(store, 3)
         dist.barrier()
-        failed(CheckpointError, "orphan", lambda: save(run_dir, 2, 2, engine, {}, plan))
-        failed(RunFolderError, "vanished", lambda: save(run_dir / "gone", 2, 3, engine, {}, plan))
+        failed(Superseded, "orphan", lambda: save(store, 2, second, engine, {}, plan))
+        failed(RunFolderError, "vanished", lambda: save(FolderStore(run_dir / "gone"), 2, third, engine, {}, plan))
 
         # A damaged checkpoint of a step is no reason not to save that step again.
         if dist.get_rank() == 0:
-            flip(next(first.glob("*.safetensors")))
+            flip(next((run_dir / first.staging(second)).glob("*.safetensors")))
         dist.barrier()
-        failed(CheckpointError, "damaged", lambda: load(first, engine, plan))
-        assert save(run_dir, 1, 3, engine, {"n": 3}, plan) == first
-        assert load(first, engine, plan) == {"n": 3}
+        failed(DamagedCheckpoint, "damaged", lambda: load(first, engine, plan))
+        failed(CheckpointError, "none whole", lambda: load_newest(store, engine, plan))
+        assert save(store, 1, third, engine, {"n": 3}, plan) == first
+        assert load_newest(store, engine, plan) == (first, {"n": 3}, [])
 
         other = tiny_plan(run_dir, 3, seed=1)
         failed(CheckpointError, "trajectory", lambda: load(first, engine, other))
@@ -259,9 +279,10 @@ def test_a_failure_on_one_rank_is_the_same_error_on_all_and_costs_nothing_commit
     assert said == also
     assert "File too large" in said["full"]
     assert "rank 1" in said["full"]
-    assert "attempt 2 may no longer save: attempt 3" in said["orphan"]
+    assert "3" in said["orphan"]
     assert "vanished" in said["vanished"]
     assert ".safetensors: content changed" in said["damaged"]
     assert "another trajectory" in said["trajectory"]
     assert "embed_tokens" in said["parameters"]
-    assert newest_sound(run_dir) == (checkpoint_dir(run_dir, 1), [])
+    assert "no checkpoint of" in said["none whole"]
+    assert newest_sound(FolderStore(run_dir)) == (checkpoint_at(run_dir, 1), [])

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from launcher.checkpoint.layout import committed, step_of
+from launcher.checkpoint.layout import committed
 from launcher.plan.plan import Plan
+from launcher.store.folder import FolderStore
 from launcher.train.metrics import read
 from launcher.train.verdict import Verdict, request_stop
 from tests.distributed.group import run_group
@@ -56,10 +57,14 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Plan, Ver
 Ended = dict[str, tuple[Plan, Verdict]]
 
 
+def saved_steps(plan: Plan) -> list[int]:
+    return [checkpoint.step for checkpoint in committed(FolderStore(Path(plan.run_dir)))]
+
+
 def test_a_run_to_the_end_is_finished_and_saved(ended: Ended) -> None:
     plan, verdict = ended["plain"]
     assert (verdict.kind, verdict.step, verdict.exit_code) == ("finished", STEPS, 0)
-    assert [step_of(path) for path in committed(Path(plan.run_dir))] == [STEPS]
+    assert saved_steps(plan) == [STEPS]
 
 
 @pytest.mark.parametrize("name", ["checkpointing", "checkpointing, ZeRO 3"])
@@ -71,13 +76,13 @@ def test_computing_activations_again_changes_nothing(ended: Ended, name: str) ->
 def test_a_stop_request_saves_the_step_it_interrupts(ended: Ended) -> None:
     plan, verdict = ended["stopped"]
     assert (verdict.kind, verdict.step) == ("stopped", 1)
-    assert [step_of(path) for path in committed(Path(plan.run_dir))] == [1]
+    assert saved_steps(plan) == [1]
 
 
 def test_a_time_limit_evaluates_saves_and_ends(ended: Ended) -> None:
     plan, verdict = ended["out of time"]
     assert (verdict.kind, verdict.step, verdict.exit_code) == ("out_of_time", 1, 0)
-    assert [step_of(path) for path in committed(Path(plan.run_dir))] == [1]
+    assert saved_steps(plan) == [1]
     assert [record["step"] for record in read(Path(plan.run_dir)) if record["kind"] == "eval"] == [1]
 
 
@@ -87,6 +92,6 @@ def test_a_loss_that_is_not_finite_names_its_rows_and_saves_nothing(ended: Ended
     assert verdict.message.startswith("the loss of step 1 is nan; rows: ")
     assert verdict.message.count("rows.jsonl:") == plan.trajectory.global_batch_size
     assert verdict.hint is not None
-    assert committed(Path(plan.run_dir)) == []
+    assert saved_steps(plan) == []
     assert [record for record in read(Path(plan.run_dir)) if record["kind"] == "step"] == []
     assert torch.isnan(load_file(Path(plan.trajectory.model.path) / "model.safetensors")["model.norm.weight"]).any()

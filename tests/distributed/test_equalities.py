@@ -7,7 +7,6 @@ The tests compare what the runs wrote down.
 from __future__ import annotations
 
 import itertools
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,16 +14,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from launcher.checkpoint.layout import checkpoint_dir
+from launcher.checkpoint.deep import check, expected_of
 from launcher.checkpoint.load import load_weights
+from launcher.checkpoint.manifest import verify
 from launcher.data.loader import TrainData
 from launcher.export.folder import write_folder
 from launcher.export.merge import trained_model
 from launcher.plan.batch import BatchLayout
 from launcher.plan.plan import Plan
+from launcher.store.folder import FolderStore
 from launcher.train.loss import SupervisedLoss
 from launcher.train.metrics import last_of_each_step
 from launcher.train.verdict import forget, request_stop
+from tests.checkpoints import checkpoint_at, copy_checkpoint
 from tests.distributed.group import run_group
 from tests.distributed.runs import (
     FREEZE,
@@ -122,14 +124,17 @@ def train_watched(plan: Plan) -> tuple[Adapters, Adapters]:
     import torch.distributed as dist
 
     from launcher.plan.batch import batch_layout
-    from launcher.train.loop import Progress, train
+    from launcher.train.loop import train
     from launcher.train.metrics import MetricsLog
-    from launcher.train.run import build_parts, use_device
+    from launcher.train.parts import Progress
+    from launcher.train.run import begin_together, build_parts, use_device
 
     open_folder(plan)
     batch = batch_layout(plan.trajectory.global_batch_size, plan.layout.micro_batch_size, dist.get_world_size())
-    log = MetricsLog(Path(plan.run_dir), writes=dist.get_rank() == 0)
-    parts = build_parts(plan, batch, use_device(plan), log, attempt=0)
+    store = FolderStore(Path(plan.run_dir))
+    attempt = begin_together(store, 0)
+    log = MetricsLog(Path(plan.run_dir), str(attempt), writes=dist.get_rank() == 0)
+    parts = build_parts(plan, batch, use_device(plan), log, store, attempt, lambda: False)
     before = whole_adapters(parts.engine.module)
     train(parts, Progress())
     return before, whole_adapters(parts.engine.module)
@@ -176,7 +181,7 @@ def runs(base: Plan) -> Runs:
 
 def test_e1_the_loss_is_the_mean_over_the_global_batchs_tokens(runs: Runs) -> None:
     plan = runs.plans["full"]
-    model = trained_model(plan, checkpoint_dir(Path(plan.run_dir), STEPS))
+    model = trained_model(plan, checkpoint_at(Path(plan.run_dir), STEPS))
     loss = SupervisedLoss(model, model, False, torch.device("cpu"))
     data = TrainData(plan.data.folder, plan.trajectory.global_batch_size, plan.trajectory.seed)
     errors = []
@@ -209,7 +214,7 @@ def test_e1_a_weighted_loss_is_the_mean_by_weight(runs: Runs) -> None:
     """`data.balance: weights`: rows of a class that has half as many count twice as much, on any ranks."""
     runs.agree("weighted zero 2", "weighted", FP32)
     plan = runs.plans["weighted"]
-    model = trained_model(plan, checkpoint_dir(Path(plan.run_dir), STEPS))
+    model = trained_model(plan, checkpoint_at(Path(plan.run_dir), STEPS))
     loss = SupervisedLoss(model, model, False, torch.device("cpu"))
     data = TrainData(plan.data.folder, plan.trajectory.global_batch_size, plan.trajectory.seed)
     (batch,) = data.micro_batches(0, BatchLayout(1, plan.trajectory.global_batch_size, 1), 0)
@@ -272,7 +277,7 @@ def test_e6_the_saved_adapter_is_whole(runs: Runs, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     plan, (start, trained) = runs.plans["qlora zero 3"], runs.adapters["qlora zero 3"]
-    checkpoint = checkpoint_dir(Path(plan.run_dir), STEPS)
+    checkpoint = checkpoint_at(Path(plan.run_dir), STEPS)
     masters = load_weights(checkpoint)
     assert masters.keys() == trained.keys()
     tokenizer = AutoTokenizer.from_pretrained(Path(plan.data.folder) / "tokenizer")
@@ -286,6 +291,14 @@ def test_e6_the_saved_adapter_is_whole(runs: Runs, tmp_path: Path) -> None:
         assert torch.equal(masters[name], tensor), name
 
 
+def test_a_deep_check_takes_what_every_method_saves(runs: Runs) -> None:
+    for name in ("full zero 3", "full bf16 zero 0", "freeze zero 2", "lora zero 3", "qlora zero 0", "qlora bf16"):
+        checkpoint = checkpoint_at(Path(runs.plans[name].run_dir), STEPS)
+        expected = expected_of(runs.plans[name], [])
+        assert expected.source == "the model of the run's plan.json"
+        check(checkpoint, verify(checkpoint), expected)
+
+
 def test_e4_resumed_is_uninterrupted(runs: Runs) -> None:
     """In fresh processes, through `train_run`: after a stop at step 1, and from a checkpoint in the middle."""
     stopped = lora_stopped(runs.plans)
@@ -293,8 +306,7 @@ def test_e4_resumed_is_uninterrupted(runs: Runs) -> None:
     resumed = [(stopped, "lora dropout")]
     for name in ("lora dropout", "qlora dropout"):
         plan = variant(runs.plans[name], f"{Path(runs.plans[name].run_dir).name}-resumed")
-        middle = checkpoint_dir(Path(runs.plans[name].run_dir), RESUMED_AT)
-        shutil.copytree(middle, checkpoint_dir(Path(plan.run_dir), RESUMED_AT))
+        copy_checkpoint(Path(runs.plans[name].run_dir), RESUMED_AT, Path(plan.run_dir))
         resumed.append((plan, name))
     verdicts = run_group(2, train_all, [plan for plan, _ in resumed], timeout_s=600)[0]
     assert [verdict.kind for verdict in verdicts] == ["finished"] * 3
@@ -304,7 +316,7 @@ def test_e4_resumed_is_uninterrupted(runs: Runs) -> None:
         for step, line in found.items():
             for figure in ("loss", "accuracy", "grad_norm", "lr", "rows", "tokens", "epoch"):
                 assert line[figure] == expected[step][figure], (name, step, figure)
-        ends = [load_weights(checkpoint_dir(Path(p.run_dir), STEPS)) for p in (plan, runs.plans[name])]
+        ends = [load_weights(checkpoint_at(Path(p.run_dir), STEPS)) for p in (plan, runs.plans[name])]
         assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[1])
     # Dropout was on: without it the losses are others.
     assert worst(curve(runs.plans["lora dropout"]), curve(runs.plans["lora"])) > 100 * FP32

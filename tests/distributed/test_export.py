@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launcher.checkpoint.layout import checkpoint_dir
 from launcher.export.folder import export, write_folder
 from launcher.export.merge import merged_model, trained_model
 from launcher.export.verify import verify
 from launcher.plan.plan import OptimizerPlan, Plan
 from launcher.train.probe import probe_file, read_probe
+from tests.checkpoints import checkpoint_at
 from tests.distributed.group import run_group
 from tests.distributed.runs import FREEZE, LORA, QLORA, tiny_run, train_all, variant
 
@@ -139,7 +139,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Folder]:
         adapters = plan.trajectory.method.rank is not None
         tokenizer = AutoTokenizer.from_pretrained(Path(plan.data.folder) / "tokenizer")
         for merged in (False, True) if adapters else (False,):
-            model: Any = trained_model(plan, checkpoint_dir(Path(plan.run_dir), LAST))
+            model: Any = trained_model(plan, checkpoint_at(Path(plan.run_dir), LAST))
             model = merged_model(plan, model) if merged else model
             made[f"{name}-merged" if merged else name] = plan, merged
             write_folder(plan, model, tokenizer, root / (f"{name}-merged" if merged else name), merged)

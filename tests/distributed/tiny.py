@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from launcher.checkpoint.lease import begin
 from launcher.plan.batch import batch_layout
 from launcher.plan.deepspeed import deepspeed_config
 from launcher.plan.plan import (
@@ -25,18 +26,28 @@ from launcher.plan.plan import (
     SchedulePlan,
     Trajectory,
 )
+from launcher.store.folder import FolderStore
 from launcher.train.engine import build_engine, optimizer_step
+from tests.checkpoints import FIRST
 from tests.plans import data_plan, model_plan, source_plan
 
 GLOBAL_BATCH, TOKENS, VOCABULARY = 6, 12, 127  # six rows for 1, 2 or 3 ranks; odd sizes, so that partitions cut rows
 
 
-def tiny_plan(run_dir: Path, zero: int, dtype: Any = "fp32", offload: bool = False, seed: int = 0) -> Plan:
+def tiny_plan(
+    run_dir: Path,
+    zero: int,
+    dtype: Any = "fp32",
+    offload: bool = False,
+    seed: int = 0,
+    global_batch_size: int = GLOBAL_BATCH,
+) -> Plan:
     """A whole Plan; only what the engine and the checkpoint look at means anything."""
     source = source_plan(run_dir / "rows.jsonl")
     return Plan(
         name="tiny",
         run_dir=str(run_dir),
+        location=str(run_dir),
         version="0",
         recipe_hash="",
         trajectory=Trajectory(
@@ -46,7 +57,7 @@ def tiny_plan(run_dir: Path, zero: int, dtype: Any = "fp32", offload: bool = Fal
             data_content_hash="",
             seed=seed,
             dtype=dtype,
-            global_batch_size=GLOBAL_BATCH,
+            global_batch_size=global_batch_size,
             optimizer=OptimizerPlan(
                 name="adamw", lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0
             ),
@@ -59,7 +70,7 @@ def tiny_plan(run_dir: Path, zero: int, dtype: Any = "fp32", offload: bool = Fal
             zero=zero,
             offload=offload,
             attention="sdpa",
-            micro_batch_size=GLOBAL_BATCH,
+            micro_batch_size=global_batch_size,
             gradient_checkpointing=False,
         ),
         lifecycle=Lifecycle(
@@ -73,6 +84,9 @@ def tiny_plan(run_dir: Path, zero: int, dtype: Any = "fp32", offload: bool = Fal
             checkpoint_every_steps=4,
             keep_last=2,
             keep_best=0,
+            keep_every=None,
+            background_saves=True,
+            grace_s=25.0,
             log_every_steps=1,
             max_failures=0,
             export=False,
@@ -120,32 +134,57 @@ def tiny_engine(plan: Plan, freeze_first: bool = False) -> Iterator[Any]:
         model.model.embed_tokens.requires_grad_(False)
         model.model.layers[0].requires_grad_(False)
 
-    def with_low_threshold(*args: Any) -> dict[str, Any]:
-        written = deepspeed_config(*args)
-        written["zero_optimization"]["stage3_param_persistence_threshold"] = 1000
-        return written
-
-    with mock.patch("launcher.train.engine.deepspeed_config", with_low_threshold):
-        engine = build_engine(model, plan, batch_layout(GLOBAL_BATCH, GLOBAL_BATCH, dist.get_world_size()))
+    rows = plan.trajectory.global_batch_size
+    with gathered_below(1000):
+        engine = build_engine(model, plan, batch_layout(rows, rows, dist.get_world_size()))
     try:
         yield engine
     finally:
         engine.destroy()
 
 
-def train(engine: Any, plan: Plan, first: int, count: int) -> list[float]:
-    """Losses of the optimizer steps first .. first + count - 1, each over the same global batch for any world size."""
-    losses = []
+@contextlib.contextmanager
+def gathered_below(numel: int) -> Iterator[None]:
+    """Engines built in the block keep parameters of fewer values than `numel` gathered between steps under ZeRO-3, and
+    no others. DeepSpeed's own threshold is above any parameter of a tiny model."""
+
+    def with_threshold(*args: Any) -> dict[str, Any]:
+        written = deepspeed_config(*args)
+        written["zero_optimization"]["stage3_param_persistence_threshold"] = numel
+        return written
+
+    with mock.patch("launcher.train.engine.deepspeed_config", with_threshold):
+        yield
+
+
+def train(
+    engine: Any, plan: Plan, first: int, count: int, before_update: Callable[[], None] = lambda: None
+) -> list[float]:
+    """Losses of the optimizer steps first .. first + count - 1, each over the same global batch for any world size.
+
+    Where the rows do not divide, the first ranks have one more.
+    """
+    losses, size, world_size = [], plan.trajectory.global_batch_size, dist.get_world_size()
     for step in range(first, first + count):
-        rows = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, TOKENS), generator=torch.Generator().manual_seed(step))
-        mine = rows.chunk(dist.get_world_size())[dist.get_rank()]
-        loss = engine(input_ids=mine, labels=mine).loss
+        rows = torch.randint(0, VOCABULARY, (size, TOKENS), generator=torch.Generator().manual_seed(step))
+        mine = rows.tensor_split(world_size)[dist.get_rank()]
+        loss = engine(input_ids=mine, labels=mine).loss * (len(mine) * world_size / size)
         engine.backward(loss)
+        before_update()
         optimizer_step(engine, plan)
         total = loss.detach().double()
         dist.all_reduce(total)
-        losses.append(total.item() / dist.get_world_size())
+        losses.append(total.item() / world_size)
     return losses
+
+
+def begun(root: Path) -> FolderStore:
+    """A run's folder as a store, in which the attempt FIRST has begun. Collective."""
+    if dist.get_rank() == 0:
+        root.mkdir(parents=True, exist_ok=True)
+        assert begin(FolderStore(root), 0) == FIRST
+    dist.barrier()
+    return FolderStore(root)
 
 
 def quiet() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -14,6 +15,10 @@ import pytest
 
 from launcher.checkpoint.lease import acquire
 from launcher.cli.app import main
+from launcher.model.fingerprint import STAMPS, fingerprint
+from launcher.store.folder import FolderStore
+from tests.distributed.tiny import tiny_plan
+from tests.plans import model_plan
 
 SCRATCH = (
     "{model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2, "
@@ -92,7 +97,7 @@ def test_a_model_folder_without_a_model(folder: Path, capsys: pytest.CaptureFixt
 def test_a_second_launcher_on_the_same_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = folder / "taken"
     run_dir.mkdir()
-    with acquire(run_dir):
+    with acquire(FolderStore(run_dir)):
         lines = refused(capsys, "run", "x.yaml", "--run-dir", str(run_dir))
     assert "pid" in lines[0]
     assert run_dir.exists(), "the folder belongs to the first"
@@ -106,6 +111,54 @@ def test_a_folder_that_holds_a_run_already(folder: Path, capsys: pytest.CaptureF
 
 def test_resume_without_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert "holds no run" in refused(capsys, "resume", "nothing-here")[0]
+
+
+def run_over(base: Path, run_dir: Path) -> None:
+    """A run as its launcher leaves it, over weights in a folder."""
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    (base / "model.safetensors").write_bytes(b"weights")
+    run_dir.mkdir()
+    plan = tiny_plan(run_dir, zero=0)
+    model = model_plan(base, fingerprint=fingerprint(base, run_dir / STAMPS))
+    plan.model_copy(update={"trajectory": plan.trajectory.model_copy(update={"model": model})}).save(
+        run_dir / "plan.json"
+    )
+
+
+@pytest.mark.parametrize("verb", ["resume", "export"])
+def test_a_base_that_is_another_one_by_now(folder: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    run_over(folder / "base", folder / "run")
+    (folder / "base" / "model.safetensors").write_bytes(b"WEIGHTS!")
+    line = refused(capsys, verb, "run")[0]
+    assert line.endswith("base is not the one that this run began with: model.safetensors has changed")
+    shutil.rmtree(folder / "base")
+    assert refused(capsys, verb, "run")[0] == f"error: the base model {folder}/base is gone"
+
+
+def test_prepared_data_that_is_gone_with_its_sources(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_over(folder / "base", folder / "run")
+    assert f"the run's prepared data {folder}/run/data is gone" in refused(capsys, "resume", "run")[0]
+
+
+def test_a_run_of_another_version(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "old").mkdir()
+    (folder / "old" / "plan.json").write_text('{"name": "x"}')
+    for arguments in (["resume", "old"], ["export", "old"], ["run", "x.yaml", "--run-dir", "old", "--resume", "auto"]):
+        assert "cannot be understood" in refused(capsys, *arguments)[0]
+
+
+@pytest.mark.parametrize("url", ["nosuch://bucket/run", "s3://"])
+def test_a_store_that_cannot_be(capsys: pytest.CaptureFixture[str], url: str) -> None:
+    for arguments in (
+        ["run", "x.yaml", "--run-dir", url],
+        ["resume", url],
+        ["export", url],
+        ["chat", url],
+        ["runs", url],
+    ):
+        assert url in refused(capsys, *arguments)[0]
+    assert not Path(url.partition("/")[0]).exists()
 
 
 def test_no_space_in_the_runs_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

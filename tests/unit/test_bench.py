@@ -1,4 +1,4 @@
-"""What the benchmark beside TRL hands over, and how it is written down."""
+"""What the benchmarks beside TRL and DeepSpeed hand over, and how it is written down."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ import pytest
 import yaml
 
 from launcher.bench.against_trl import KINDS, RECIPE, by_setting, page, rates, table
+from launcher.bench.checkpoint import file_system, scratch_llama
+from launcher.bench.checkpoint_page import page as checkpoint_page
+from launcher.bench.checkpoint_page import pauses, percentile, ratios
 from launcher.bench.contenders import labelled_documents
 from launcher.data.loader import TrainData
 from launcher.driver.start import decide, planned
+from launcher.errors import UserError
 from launcher.plan.batch import batch_layout
 from launcher.plan.facts import ClusterFacts, NodeFacts
 from launcher.plan.plan import Plan
+from launcher.plan.size import parameter_count
 from launcher.recipe.load import load
 
 
@@ -54,17 +59,19 @@ def test_a_ratio_is_taken_within_a_round() -> None:
     assert all("2,000 of 4,000 | 1 GiB" in row or "2,000 of 4,000 | 1.0 GiB" in row for row in rows[2:])
 
 
+MACHINE = {
+    "date": "2026-01-01",
+    "cpu": "A CPU",
+    "cpus": 2,
+    "memory": "8 GiB",
+    "python": "3.12.0",
+    "packages": {"torch": "2.13.0", "trl": "1.16.0"},
+    "load_before": 0.1,
+}
+
+
 def test_the_page_names_machine_versions_and_command() -> None:
-    machine = {
-        "date": "2026-01-01",
-        "cpu": "A CPU",
-        "cpus": 2,
-        "memory": "8 GiB",
-        "python": "3.12.0",
-        "packages": {"torch": "2.13.0", "trl": "1.16.0"},
-        "load_before": 0.1,
-    }
-    found = {"machine": machine, "command": "python -m x", "warmup": 2, "rounds": 3, "results": RESULTS * 2}
+    found = {"machine": MACHINE, "command": "python -m x", "warmup": 2, "rounds": 3, "results": RESULTS * 2}
     text = page(json.loads(json.dumps(found)))
     for words in ("2026-01-01", "A CPU", "trl 1.16.0", "python -m x", "7.9M", "3 rounds"):
         assert words in text
@@ -97,3 +104,90 @@ def test_trl_learns_the_same_tokens(plan: Plan) -> None:
     )
     assert ours == theirs
     assert len(ours) == plan.data.train_supervised_tokens > 1000
+
+
+def taken(*seconds: float, inside: float) -> list[dict[str, float]]:
+    """Steps of a save: all that is inside its calls is in the first."""
+    return [
+        {"seconds": each, "inside": 0.0 if i else inside, "cpu": each, "loss": 9.0} for i, each in enumerate(seconds)
+    ]
+
+
+def saved(*seconds: float, inside: float) -> dict[str, Any]:
+    steps = taken(*seconds, inside=inside)
+    return {"ordinary": taken(1.0, inside=0.0), "taken": steps, "committed_after": 1.5, "bytes": 1_180_000_000}
+
+
+def loads(*names: str) -> dict[str, Any]:
+    return {name: {"cold": [2.0, 3.0], "warm": [1.0, 1.0], "peak": [5e6, 4e6], "loss": [7.5, 7.5]} for name in names}
+
+
+def round_of(ordinary: float, slower: float = 1.0) -> dict[str, Any]:
+    saves = {
+        "deepspeed": saved(ordinary + 0.4 * slower, inside=0.35),
+        "slipway": saved(ordinary + 0.1 * slower, ordinary + 0.02 * slower, inside=0.01),
+    }
+    return {"ordinary": ordinary, "ordinary_cpu": ordinary, "saves": saves}
+
+
+CHECKPOINTS: dict[str, Any] = {
+    "machine": MACHINE | {"file_system": "ext4"},
+    "command": "python -m launcher.bench.checkpoint --rounds 2",
+    "settings": {"dtype": "bf16", "tokens": 128, "rounds": 2, "steps": 1, "stretch": 20, "every": 10},
+    "layout": {"workers": 2, "zero": 3, "device": "cpu", "cpus_per_worker": 1},
+    "saves": {
+        "device": "CPU",
+        "parameters": 98_300_000,
+        "shard_bytes": 590e6,
+        "rounds": [round_of(5.0, slower=9.0), round_of(1.0), round_of(2.0, slower=2.0)],
+        "stretches": [{"none": 20.0, "deepspeed": 21.0, "slipway": 20.4}],
+        "memory": {
+            "deepspeed": {"host": 6e6, "device": 0.0, "kept": 0.0},
+            "slipway": {"host": 3e6, "device": 0.0, "kept": 589e6},
+        },
+        "loads": loads("slipway", "deepspeed"),
+    },
+    "elsewhere": [
+        {"failed": "DeepSpeed's universal conversion failed: so it said"},
+        {"ranks": 1, "zero": 3, "conversions": [9.0, 10.0, 11.0], "loads": loads("slipway", "universal")},
+    ],
+}
+
+
+def test_a_pause_is_what_lies_above_the_ordinary_steps_of_its_round() -> None:
+    """The first round warms up; in the third everything takes twice as long."""
+    ours, theirs = pauses(CHECKPOINTS, "slipway"), pauses(CHECKPOINTS, "deepspeed")
+    assert ours["first"] == pytest.approx([0.1, 0.2])
+    assert ours["whole"] == pytest.approx([0.12, 0.24])
+    assert ours["inside"] == [0.01, 0.01]
+    assert theirs["whole"] == pytest.approx([0.4, 0.8])
+    assert ratios(ours["whole"], theirs["whole"]) == pytest.approx([0.3, 0.3])
+    assert percentile([0.1], 90) == 0.1
+    assert percentile([0.0, 1.0, 2.0, 3.0, 4.0], 90) == pytest.approx(3.6)
+
+
+def test_the_page_on_checkpoints() -> None:
+    lines = checkpoint_page(json.loads(json.dumps(CHECKPOINTS))).splitlines()
+    rows = {line for line in lines if line.startswith("| ")}
+    assert any("Slipway, beside training | 0.150 (0.100 to 0.200) | 0.190 | 25% (25% to 25%)" in row for row in rows)
+    assert any("| DeepSpeed `save_checkpoint` | 21.00 (21.00 to 21.00) | 5.0%" in row for row in rows)
+    assert any("| 0.20 (0.20 to 0.20) |" in row for row in rows), "two saves cost 0.4 s"
+    assert any("1,180.0 MB | 592 MB |" in row for row in rows), "the copies that are kept count"
+    assert any(row.startswith("| 1, ZeRO-3 | DeepSpeed, universal | 10.00 (9.00 to 11.00)") for row in rows)
+    assert any("| 12.50 | 5 MB | 7.50000 |" in row for row in rows), "conversion and load, medians"
+    assert "- DeepSpeed's universal conversion failed: so it said" in lines
+    for words in ("2026-01-01", "A CPU", "ext4", "98.3M parameters", "563 MiB", "--rounds 2"):
+        assert any(words in line for line in lines), words
+
+
+@pytest.mark.parametrize("asked", [4_000_000, 98_000_000, 1_000_000_000])
+def test_the_scratch_model_is_as_large_as_asked_for(asked: int) -> None:
+    assert asked <= parameter_count(scratch_llama(asked, 128)) < 1.1 * asked
+
+
+def test_memory_is_no_disk() -> None:
+    memory = Path("/dev/shm")
+    if memory.is_dir():
+        with pytest.raises(UserError, match="no disk"):
+            file_system(memory)
+    assert file_system(Path("/proc")) == "proc"

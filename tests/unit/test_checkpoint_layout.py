@@ -1,42 +1,54 @@
-"""The names inside a run's folder."""
+"""The names of a run's checkpoints, in a folder and in an object store."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from launcher.checkpoint import layout
+from launcher.checkpoint.layout import Checkpoint, committed, newest_committed, steps
+from launcher.checkpoint.lease import Attempt
+from launcher.store.folder import FolderStore
+from launcher.store.store import Store
+from tests.checkpoints import STORES, opened
 
 
-def test_only_committed_folders_are_checkpoints_in_the_order_of_their_steps(tmp_path: Path) -> None:
-    assert layout.committed(tmp_path) == []
-    assert layout.newest_committed(tmp_path) is None
+@pytest.fixture(params=STORES)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    with opened(request.param, tmp_path) as store:
+        yield store
+
+
+def test_only_what_holds_commit_is_a_checkpoint_in_the_order_of_steps(store: Store) -> None:
+    assert steps(store) == committed(store) == []
+    assert newest_committed(store) is None
     for step in (100, 20, 123456789):
-        folder = layout.checkpoint_dir(tmp_path, step)
-        folder.mkdir(parents=True)
-        (folder / layout.COMMIT).touch()
-    halfway = layout.checkpoint_dir(tmp_path, 300)
-    halfway.mkdir()
-    staging = layout.staging_dir(tmp_path, 400, 7)
-    staging.mkdir()
-    removed = layout.removed_dir(layout.checkpoint_dir(tmp_path, 10))
-    removed.mkdir()
-    (removed / layout.COMMIT).touch()
-    (layout.checkpoints_dir(tmp_path) / "step-notes.txt").touch()
+        assert store.create(Checkpoint(store, step).commit, b"{}")
+    staged = Checkpoint(store, 200000000)
+    for attempt in (Attempt(10, 1), Attempt(9, 2), Attempt(9, 10)):
+        store.write(f"{staged.staging(attempt)}/shard-00000.safetensors", b"")
+    store.write(f"{staged.folder}/COMMIT.txt", b"")
+    store.write(f"{staged.folder}/attempt-old/COMMIT", b"")
+    for stray in ("step-notes.txt", "step-20/COMMIT", "a-step-00000030/COMMIT", "step-00000030.old/COMMIT", "COMMIT"):
+        store.write(f"checkpoints/{stray}", b"")
 
-    assert [layout.step_of(path) for path in layout.committed(tmp_path)] == [20, 100, 123456789]
-    assert layout.newest_committed(tmp_path) == layout.checkpoint_dir(tmp_path, 123456789)
-    assert layout.staging(tmp_path) == [(staging, 7)]
-    assert layout.rubbish(tmp_path) == [halfway, removed]
+    assert [checkpoint.step for checkpoint in committed(store)] == [20, 100, 123456789]
+    assert newest_committed(store) == Checkpoint(store, 123456789)
+    assert [checkpoint.step for checkpoint in steps(store)] == [20, 100, 123456789, 200000000]
+    assert staged.attempts() == [Attempt(9, 2), Attempt(9, 10), Attempt(10, 1)]
+    assert not staged.is_committed()
+    assert Checkpoint(store, 20).attempts() == []
 
 
-def test_the_names_are_those_of_the_design(tmp_path: Path) -> None:
-    assert layout.checkpoint_dir(tmp_path, 200) == tmp_path / "checkpoints" / "step-00000200"
-    with pytest.raises(ValueError, match="not a checkpoint"):
-        layout.step_of(tmp_path)
+def test_the_names_are_those_that_users_see(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(FolderStore(tmp_path), 200)
+    assert checkpoint.name == "step-00000200"
+    assert str(checkpoint) == f"{tmp_path}/checkpoints/step-00000200"
+    assert checkpoint.commit == "checkpoints/step-00000200/COMMIT"
+    assert checkpoint.staging(Attempt(3, 1)) == "checkpoints/step-00000200/attempt-3.1"
 
 
 def test_the_front_rooms_may_use_it_without_torch() -> None:

@@ -218,11 +218,11 @@ def test_no_space_in_the_download_folder(server: tuple[str, type[Handler]], tmp_
         subprocess.run(["umount", str(tmp_path / "cache")], check=True)
 
 
-@pytest.mark.skipif(find_spec("s3fs") is not None, reason="s3fs is installed")
+@pytest.mark.skipif(find_spec("gcsfs") is not None, reason="gcsfs is installed")
 def test_file_systems_that_are_not_there() -> None:
-    error = refused(url("s3://bucket/a.jsonl"))
+    error = refused(url("gs://bucket/a.jsonl"))
     assert "needs a package that is not installed" in error.message
-    assert error.hint == "pip install s3fs"
+    assert error.hint == "pip install gcsfs"
     assert "Protocol not known: nosuch" in refused(url("nosuch://a.jsonl")).message
 
 

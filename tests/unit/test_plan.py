@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.driver.resume import resumed_plan
-from launcher.errors import ClusterError, DataError
+from launcher.driver.resume import existing_plan, rebased, resumed_plan
+from launcher.errors import ClusterError, DataError, RunFolderError
 from launcher.plan.batch import batch_layout
 from launcher.plan.deepspeed import deepspeed_config
 from launcher.plan.facts import ClusterFacts, NodeFacts, this_machine
@@ -19,6 +19,7 @@ from launcher.plan.plan import DataFacts, LayoutPlan, Plan
 from launcher.plan.resolve import resolve, resolve_model
 from launcher.plan.resolve_data import resolve_data
 from launcher.recipe.load import load
+from launcher.store.location import local_folder
 from tests.distributed.tiny import tiny_plan
 
 LAPTOP = ClusterFacts((NodeFacts("laptop", cpus=8, gpus=0),))
@@ -53,7 +54,7 @@ def plan(here: Path, *overrides: str, cluster: ClusterFacts = LAPTOP, parameters
     loaded, run_dir = load("x.yaml", overrides), here / "runs" / "x"
     found = DataFacts(**(FACTS | facts))
     model, data = resolve_model(loaded, run_dir), resolve_data(loaded)
-    return resolve(loaded, cluster, model, data, found, parameters, "x", run_dir)
+    return resolve(loaded, cluster, model, data, found, parameters, "x", run_dir, str(run_dir))
 
 
 def leaves(value: Any, key: str = "") -> list[tuple[str, Any]]:
@@ -113,6 +114,80 @@ def test_the_hashes_tell_what_changes_the_numbers_from_what_does_not(here: Path)
         assert other.trajectory.hash() == first.trajectory.hash(), override
         assert other.layout.hash() != first.layout.hash(), override
     assert plan(here, "train.epochs=5").trajectory.hash() == first.trajectory.hash()
+
+
+def with_model(plan: Plan, **changes: Any) -> Plan:
+    model = plan.trajectory.model.model_copy(update=changes)
+    return plan.model_copy(update={"trajectory": plan.trajectory.model_copy(update={"model": model})})
+
+
+def test_a_trajectory_is_what_is_trained_on_and_not_where_it_lies(here: Path) -> None:
+    sources = "data.test.sources=[{path: rows.jsonl}]", "data.clean.contamination=[{path: rows.jsonl}]"
+    first = with_model(plan(here, *sources), fingerprint="abc")
+    hash = first.trajectory.hash()
+    assert with_model(first, path="/elsewhere/base").trajectory.hash() == hash
+    assert with_model(first, fingerprint="abd").trajectory.hash() != hash
+    nameless = with_model(first, fingerprint=None)
+    assert with_model(nameless, path="/elsewhere/base").trajectory.hash() != nameless.trajectory.hash()
+    values = first.trajectory.model_dump(mode="json")
+    assert str(here / "rows.jsonl") in json.dumps(values)
+    moved = json.loads(json.dumps(values).replace(str(here / "rows.jsonl"), "/elsewhere/rows.jsonl"))
+    moved["data"]["augment"]["function_file"] = "/elsewhere/mine.py"
+    moved = type(first.trajectory).model_validate(moved)
+    assert moved != first.trajectory
+    assert moved.hash() == hash
+    for key, other in (("limit", 3), ("format", "alpaca"), ("weight", 2.0)):
+        source = first.trajectory.data.train[0].model_copy(update={key: other})
+        data = first.trajectory.data.model_copy(update={"train": (source,)})
+        assert first.trajectory.model_copy(update={"data": data}).hash() != hash, key
+
+
+def test_a_run_that_was_moved_is_found_where_it_is_now(here: Path) -> None:
+    """With the folder that it lies in, so that the prepared data beside it has moved too; and then alone."""
+    prepared = here / "runs" / ".prepared" / "0123"
+    prepared.mkdir(parents=True)
+    began = with_model(plan(here, folder=str(prepared)), fingerprint="abc")
+    Path(began.run_dir).mkdir()
+    began.save(Path(began.run_dir) / "plan.json")
+    assert existing_plan(began.run_dir) == began
+    assert existing_plan("runs/x") == began
+    (here / "runs").rename(here / "archive")
+    moved, place = existing_plan(here / "archive" / "x"), here / "archive"
+    assert (moved.run_dir, moved.location) == (str(place / "x"), str(place / "x"))
+    assert moved.trajectory.model.path == str(place / "x" / "base")
+    assert moved.data.folder == str(place / ".prepared" / "0123")
+    assert moved.trajectory.hash() == began.trajectory.hash()
+    assert (
+        moved.model_copy(update={name: getattr(began, name) for name in ("run_dir", "location", "trajectory", "data")})
+        == began
+    )
+    (place / "x").rename(here / "x")
+    assert existing_plan("x").data.folder == str(prepared), "named, for whoever has to bring it back"
+
+
+def test_a_run_in_a_store_has_its_spool_on_every_machine(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLIPWAY_SPOOL", str(here / "one"))
+    url = "s3://bucket/runs/x"
+    spool = local_folder(url)
+    loaded = load("x.yaml")
+    facts = DataFacts(**(FACTS | {"folder": str(spool / "data")}))
+    model = resolve_model(loaded, spool)
+    began = resolve(loaded, LAPTOP, model, resolve_data(loaded), facts, 10**6, "x", spool, url)
+    monkeypatch.setenv("SLIPWAY_SPOOL", str(here / "two"))
+    moved, other = rebased(began, url), local_folder(url)
+    assert other == here / "two" / spool.name
+    assert (moved.run_dir, moved.location) == (str(other), url)
+    assert moved.trajectory.model.path == str(other / "base")
+    assert moved.data.folder == str(other / "data")
+
+
+def test_a_plan_of_another_version_is_refused(here: Path) -> None:
+    (here / "plan.json").write_text('{"name": "x"}')
+    with pytest.raises(RunFolderError, match="cannot be understood") as caught:
+        existing_plan(here)
+    assert caught.value.hint is not None
+    with pytest.raises(RunFolderError, match="holds no run"):
+        existing_plan(here / "x.yaml")
 
 
 def layout(here: Path, *overrides: str, **settings: Any) -> LayoutPlan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 from pathlib import Path
 
 
@@ -29,9 +30,25 @@ def write_synced(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def draft_of(path: Path) -> Path:
+    """A name beside `path` that nobody else takes: on a shared disk, a process id alone is not enough."""
+    return path.with_name(f".draft-{path.name}.{secrets.token_hex(8)}")
+
+
 def replace_synced(path: Path, content: bytes) -> None:
     """As `write_synced`, but a reader sees the old content or the new, never a part. Raises OSError."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    write_synced(draft, content)
-    os.replace(draft, path)
+    draft = draft_of(path)
+    try:
+        write_synced(draft, content)
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)  # on a full disk it holds space
+        raise
     sync_folder(path.parent)
+
+
+def write_all(descriptor: int, content: bytes | memoryview) -> None:
+    """One write call may take less than it is given: 2 GiB at most on Linux, or what a full disk still holds."""
+    left = memoryview(content)
+    while left:
+        left = left[os.write(descriptor, left) :]

@@ -1,0 +1,216 @@
+"""`slipway verify --deep`: a checkpoint that is as it was written, can a run go on from it?
+
+Everything is read as a resume reads it, by DCP through `ShardReader`, but piece by piece and without an engine.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+
+from launcher.checkpoint.layout import Checkpoint
+from launcher.checkpoint.manifest import Manifest, damaged, folder_of, read
+from launcher.checkpoint.moments import KINDS
+from launcher.checkpoint.shards import MASTER, FlatShard
+from launcher.checkpoint.storage import Range, ShardReader, ranges_of
+from launcher.checkpoint.together import explained
+from launcher.errors import CheckpointError
+from launcher.plan.plan import Plan
+
+EIGHT_BIT, SCALES = "_8bit", "_absmax"
+BLOCK = 256
+"""Moments in 8 bits that share a scale."""
+NEVER_NEGATIVE = ("exp_avg_sq", *(f"{kind}{SCALES}" for kind in KINDS))
+MOST_VALUES = 1 << 26
+"""Read at once: 256 MiB of fp32."""
+MOST_SAID = 5
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What every checkpoint of a run must hold."""
+
+    trajectory: str
+    """The Plan's hash of it."""
+    eight_bit: bool
+    """Whether moments may be in 8 bits."""
+    shapes: Shapes
+    """Whole shape of every trained parameter."""
+    source: str
+    """Where the shapes are from, for the user."""
+
+
+def expected_of(plan: Plan, checkpoints: Iterable[Checkpoint]) -> Expected:
+    """By the model of the Plan; where that cannot be built here, by the first of `checkpoints` that can be read."""
+    known = plan.trajectory.hash(), plan.trajectory.optimizer.name == "adamw_8bit"
+    try:
+        return Expected(*known, trained_shapes(plan), "the model of the run's plan.json")
+    except Exception as error:  # a model may bring code of its own, which may raise anything
+        reason = str(error).strip().partition("\n")[0]
+    for checkpoint in checkpoints:
+        try:
+            shapes = read(checkpoint).parameters
+        except CheckpointError:
+            continue
+        return Expected(*known, shapes, f"{checkpoint.name}, as the model cannot be built here: {reason}")
+    return Expected(*known, {}, "nothing")
+
+
+def trained_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Whole shape of every parameter that the run trains, under the names that `shards.parameter_shapes` gives.
+
+    The model is built as `model.load` and `model.adapters` build it, but without memory for its weights; a 4-bit base
+    has the same adapters as a plain one. Raises ModelError where its configuration cannot be had, and whatever its own
+    code raises.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from launcher.model.adapters import apply_method
+    from launcher.model.added_tokens import added_ids
+    from launcher.model.load import load_config
+
+    trajectory = plan.trajectory
+    config, added = load_config(trajectory.model), added_ids(plan)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base = AutoModelForCausalLM.from_config(config, trust_remote_code=trajectory.model.trust_remote_code)
+        if added and added[-1] >= base.get_input_embeddings().num_embeddings:
+            base.resize_token_embeddings(added[-1] + 1, mean_resizing=False)
+        model = apply_method(base, trajectory.method, trajectory.seed, added)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def check(checkpoint: Checkpoint, manifest: Manifest, expected: Expected) -> None:
+    """Read all that a resume would, of a checkpoint whose files are verified to be those of `manifest`.
+
+    Raises DamagedCheckpoint with what is wrong: in the manifest, in which values there are, in the values.
+    """
+    wrong = list(_in_manifest(checkpoint, manifest, expected))
+    folder = folder_of(checkpoint, manifest)
+    stored: dict[str, list[Range]] = {}
+    for file in sorted(manifest.files):
+        try:
+            for one in ranges_of(checkpoint.store, folder, file):
+                stored.setdefault(one.name, []).append(one)
+        except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
+            wrong.append(f"{file}: its head cannot be read: {error}")
+    numels = _numels(manifest, stored, expected.eight_bit)
+    wrong += [f"{key} is missing" for key in numels.keys() - stored.keys()]
+    wrong += [f"{key} is no state of a parameter" for key in stored.keys() - numels.keys()]
+    wrong += _without_scale(numels)
+    uneven = {key: said for key, numel in numels.items() if (said := _uneven(key, stored.get(key, []), numel))}
+    wrong += [f"{key}: {said}" for key, said in uneven.items() if key in stored]
+    for pieces in _portions({key: numel for key, numel in numels.items() if key not in uneven}):
+        reader = ShardReader(checkpoint.store, folder, [one for key in pieces for one in stored[key]])
+        wrong += _in_values(pieces, reader, f"reading {checkpoint}")
+        pieces.clear()  # before the next are made
+    if wrong:
+        more = [f"and {len(wrong) - MOST_SAID} more"] if len(wrong) > MOST_SAID else []
+        raise damaged(checkpoint, wrong[:MOST_SAID] + more)
+
+
+def _in_manifest(checkpoint: Checkpoint, manifest: Manifest, expected: Expected) -> Iterator[str]:
+    if manifest.step != checkpoint.step:
+        yield f"its manifest is of step {manifest.step}"
+    if manifest.progress.get("step") != checkpoint.step:
+        yield f"its progress is of step {manifest.progress.get('step')}"
+    if manifest.trajectory != expected.trajectory:
+        yield "it belongs to another trajectory (model, data, seed, batch, optimizer or schedule differ)"
+    for name in sorted(manifest.parameters.keys() | expected.shapes.keys()):
+        found, trained = manifest.parameters.get(name), expected.shapes.get(name)
+        if found is None:
+            yield f"{name} is not in it"
+        elif trained is None:
+            yield f"{name} is not trained by the run"
+        elif found != trained:
+            yield f"{name} has the shape {found}, not {trained}"
+
+
+def _numels(manifest: Manifest, stored: Mapping[str, list[Range]], eight_bit: bool) -> dict[str, int]:
+    """How many values each flat tensor must have. Of scales nobody but the file knows how many there are."""
+    numels = {}
+    for name, shape in manifest.parameters.items():
+        for kind in (MASTER, *KINDS):
+            in_8_bits = eight_bit and kind != MASTER and f"{kind}{EIGHT_BIT}.{name}" in stored
+            numels[f"{kind}{EIGHT_BIT if in_8_bits else ''}.{name}"] = math.prod(shape)
+    if eight_bit:
+        scales = {key: places for key, places in stored.items() if _kind(key).endswith(SCALES)}
+        numels |= {key: max(one.start + one.numel for one in places) for key, places in scales.items()}
+    return numels
+
+
+def _without_scale(numels: Mapping[str, int]) -> Iterator[str]:
+    for kind in KINDS:
+        values = sum(numel for key, numel in numels.items() if _kind(key) == f"{kind}{EIGHT_BIT}")
+        scales = sum(numel for key, numel in numels.items() if _kind(key) == f"{kind}{SCALES}")
+        if values > BLOCK * scales:
+            yield f"{kind}: {values} values in 8 bits have only {scales} scales"
+
+
+def _uneven(key: str, places: Sequence[Range], numel: int) -> str | None:
+    """How the stored ranges fail to cover [0, numel) exactly once; None where they do."""
+    dtype = "U8" if _kind(key).endswith(EIGHT_BIT) else "F32"
+    if other := sorted({one.dtype for one in places} - {dtype}):
+        return f"stored as {', '.join(other)}, not {dtype}"
+    end = 0
+    for one in sorted(places, key=lambda one: (one.start, one.numel)):
+        if one.start > end:
+            return f"values {end} to {one.start} are missing"
+        if one.start < end:
+            return f"values {one.start} to {min(end, one.start + one.numel)} are stored twice"
+        end += one.numel
+    if end < numel:
+        return f"values {end} to {numel} are missing"
+    return f"{end} values instead of {numel}" if end > numel else None
+
+
+def _portions(numels: Mapping[str, int]) -> Iterator[dict[str, FlatShard]]:
+    """Unread pieces of all these flat tensors, MOST_VALUES at a time."""
+    pieces: dict[str, FlatShard] = {}
+    room = MOST_VALUES
+    for key, numel in numels.items():
+        start = 0
+        while start < numel:
+            count = min(room, numel - start)
+            # A value that stays unread is not finite, and so is seen.
+            fill = (0, torch.uint8) if _kind(key).endswith(EIGHT_BIT) else (math.nan, torch.float32)
+            pieces[key] = FlatShard(torch.full((count,), fill[0], dtype=fill[1]), start, numel)
+            start, room = start + count, room - count
+            if not room:
+                yield pieces
+                pieces, room = {}, MOST_VALUES
+    if pieces:
+        yield pieces
+
+
+def _in_values(pieces: dict[str, FlatShard], reader: ShardReader, doing: str) -> Iterator[str]:
+    state: dict[str, Any] = dict(pieces)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as we asked
+            dcp_load(state, storage_reader=reader, no_dist=True)
+    except (Exception, CheckpointException) as error:  # DCP's own is a BaseException
+        yield explained(doing, error).message
+        return
+    for key, piece in pieces.items():
+        values = piece.held
+        if not values.is_floating_point():
+            continue
+        lowest, highest = torch.aminmax(values)  # one pass; both are nan where any value is
+        if not (lowest.isfinite() and highest.isfinite()):
+            yield f"{key}: {values.numel() - int(values.isfinite().sum())} values are not finite"
+        elif lowest < 0 and _kind(key) in NEVER_NEGATIVE:
+            yield f"{key}: {int((values < 0).sum())} values are negative"
+
+
+def _kind(key: str) -> str:
+    return key.partition(".")[0]

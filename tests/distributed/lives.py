@@ -1,0 +1,125 @@
+"""Whole runs without a launcher, in processes that a test may kill, stop or starve: forked ones, or torchrun's."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.plan.plan import Plan
+from launcher.train.metrics import last_of_each_step, read
+
+PRELOADED = ["launcher.train.run", "deepspeed", "peft", "transformers.models.llama.modeling_llama"]
+ENDS_WITHIN_S = 90.0
+"""A life that is left alone has ended by then, and so has a rank whose neighbour was killed."""
+
+
+def rank_of(plan: Plan, rank: int, world_size: int, store_file: str, log_file: str, elsewhere: bool) -> None:
+    """One rank of one life, in a process forked from one that has everything imported.
+
+    `elsewhere`: the lease takes it for a process of another machine, whose end only a silent heartbeat can tell.
+    """
+    log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    import torch
+    import torch.distributed as dist
+
+    from launcher.checkpoint import lease
+    from launcher.train.run import train_alone
+
+    lease.HEARTBEAT_S, lease.DEAD_AFTER_S = 0.1, 1.0
+    if elsewhere:
+        lease._machine = lambda: "another machine"
+    torch.set_num_threads(1)
+    store = dist.FileStore(store_file, world_size)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    code = train_alone(plan)
+    dist.destroy_process_group()
+    sys.exit(code)
+
+
+class Forked:
+    """The ranks of one life, forked: a second after this they train, instead of ten."""
+
+    def __init__(self, context: Any, plan: Plan, world_size: int, scratch: Path, elsewhere: bool) -> None:
+        self.log = scratch / "log"
+        arguments = (world_size, str(scratch / "store"), str(self.log), elsewhere)
+        self.ranks = [context.Process(target=rank_of, args=(plan, rank, *arguments)) for rank in range(world_size)]
+        for rank in self.ranks:
+            rank.start()
+
+    @property
+    def pids(self) -> list[int]:
+        return [rank.pid for rank in self.ranks]
+
+    def running(self) -> bool:
+        return all(rank.is_alive() for rank in self.ranks)
+
+    def end(self, kill: bool) -> list[int]:
+        """Wait for all ranks, after killing the ones that are left if asked; their exit codes."""
+        for rank in self.ranks:
+            if kill and rank.is_alive():
+                rank.kill()
+            rank.join(ENDS_WITHIN_S)
+            assert rank.exitcode is not None, f"still running:\n{self.log.read_text()[-3000:]}"
+        return [rank.exitcode for rank in self.ranks]
+
+
+class Torchrun:
+    """The same under torchrun, which ends the other ranks itself when one dies."""
+
+    def __init__(self, plan: Plan, world_size: int, scratch: Path) -> None:
+        self.log = scratch / "log"
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world_size)]
+        command += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+        command += ["-m", "launcher.train.run", str(Path(plan.run_dir) / "plan.json")]
+        self.process = subprocess.Popen(command, stdout=self.log.open("ab"), stderr=subprocess.STDOUT)
+
+    @property
+    def pids(self) -> list[int]:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(pid) for pid in children.split()]
+
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    def end(self, kill: bool) -> list[int]:
+        return [self.process.wait(ENDS_WITHIN_S)]
+
+
+@contextmanager
+def forks() -> Iterator[Any]:
+    """A context of `multiprocessing` whose processes are forked from one that has everything imported."""
+    from multiprocessing import forkserver
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("OMP_NUM_THREADS", "1"), ("GLOO_SOCKET_IFNAME", "lo"), ("HF_HUB_OFFLINE", "1")):
+            patch.setenv(name, value)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__, *PRELOADED])
+        yield context
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+
+
+def losses(plan: Plan) -> list[float]:
+    """Of each step up to the first that is missing."""
+    found = last_of_each_step(Path(plan.run_dir))
+    return [found[step]["loss"] for step in range(1, len(found) + 1)]
+
+
+def starts(run_dir: Path) -> list[int]:
+    """The step that each start of the run went on from."""
+    return [record["step"] for record in read(run_dir) if record["kind"] == "start"]

@@ -1,0 +1,135 @@
+"""A disk that fills up, turns read-only or vanishes under a run: it says so, trains on, and loses nothing committed."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.checkpoint.layout import committed
+from launcher.checkpoint.manifest import verify
+from launcher.plan.plan import Plan
+from launcher.store.folder import FolderStore
+from launcher.train.metrics import read
+from launcher.train.verdict import Verdict
+from tests.distributed.lives import Forked, forks, losses
+from tests.distributed.runs import open_alone, tiny_run, variant
+
+pytestmark = pytest.mark.distributed
+
+STEPS, EVERY = 400, 20
+DISK_BYTES = 16 * 2**20
+
+
+@pytest.fixture(scope="module")
+def context() -> Iterator[Any]:
+    with forks() as context:
+        yield context
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    root = tmp_path_factory.mktemp("disks")
+    changes = {"max_steps": STEPS, "total_steps": STEPS, "checkpoint_every_steps": EVERY, "eval_every_steps": STEPS}
+    return variant(tiny_run(root), "none", **changes)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small file system of its own."""
+    where = tmp_path / "disk"
+    where.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", where], check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        yield where
+    finally:
+        while subprocess.run(["umount", "-l", where], capture_output=True, check=False).returncode == 0:
+            pass
+
+
+@contextlib.contextmanager
+def running(context: Any, plan: Plan, disk: Path, tmp_path: Path) -> Iterator[tuple[Plan, Forked]]:
+    """The run on the disk, two ranks at ZeRO 3, past its first checkpoints."""
+    run_dir = disk / "runs" / "first"
+    run_dir.parent.mkdir()
+    plan = plan.model_copy(update={"run_dir": str(run_dir), "location": str(run_dir)})
+    open_alone(plan)
+    life = Forked(context, plan, 2, tmp_path, elsewhere=False)
+    try:
+        wait_until(life, lambda: len(committed(FolderStore(run_dir))) >= 2)
+        yield plan, life
+    finally:
+        life.end(kill=True)
+
+
+def wait_until(life: Forked, condition: Callable[[], bool]) -> None:
+    while not condition():
+        assert life.running(), life.log.read_text()[-3000:]
+
+
+def said(plan: Plan, kind: str) -> list[dict[str, Any]]:
+    return [record for record in read(Path(plan.run_dir)) if record["kind"] == kind]
+
+
+def check_end(plan: Plan, life: Forked) -> None:
+    """It trained every step, said which saves failed, and its checkpoints are whole."""
+    assert life.end(kill=False) == [0, 0], life.log.read_text()[-3000:]
+    verdict = Verdict.load(Path(plan.run_dir))
+    assert verdict is not None
+    assert verdict.kind == "finished"
+    there = committed(FolderStore(Path(plan.run_dir)))
+    assert there[-1].step == STEPS
+    for checkpoint in there:
+        verify(checkpoint)
+    assert len(losses(plan)) == STEPS
+
+
+def test_full(context: Any, plan: Plan, disk: Path, tmp_path: Path) -> None:
+    with running(context, plan, disk, tmp_path) as (plan, life):
+        with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as filler:
+            while filler.write(bytes(2**16)):
+                pass
+        wait_until(life, lambda: "is not saved" in life.log.read_text())
+        before = committed(FolderStore(Path(plan.run_dir)))
+        assert before
+        (disk / "filler").unlink()
+        check_end(plan, life)
+        (failed, *_) = said(plan, "checkpoint_failed")
+        assert "No space left on device" in failed["message"]
+        assert failed["newest"] == before[-1].step
+
+
+def test_read_only(context: Any, plan: Plan, disk: Path, tmp_path: Path) -> None:
+    with running(context, plan, disk, tmp_path) as (plan, life):
+        freeze(disk)
+        wait_until(life, lambda: "is not saved" in life.log.read_text())
+        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+        check_end(plan, life)
+        assert "Read-only file system" in said(plan, "checkpoint_failed")[0]["message"]
+
+
+def freeze(disk: Path) -> None:
+    """Read-only from now on; a file open for writing at this moment makes the kernel refuse, so it is asked again."""
+    while subprocess.run(["mount", "-o", "remount,ro", disk], capture_output=True, check=False).returncode:
+        pass
+
+
+def test_vanished(context: Any, plan: Plan, disk: Path, tmp_path: Path) -> None:
+    with running(context, plan, disk, tmp_path) as (plan, life):
+        aside = tmp_path / "aside"
+        aside.mkdir()
+        subprocess.run(["mount", "--bind", disk, aside], check=True)
+        subprocess.run(["umount", "-l", disk], check=True)
+        try:
+            wait_until(life, lambda: "is not saved" in life.log.read_text())
+            assert list(disk.iterdir()) == [], "nothing is written where the disk was"
+            subprocess.run(["mount", "--bind", aside, disk], check=True)
+        finally:
+            subprocess.run(["umount", "-l", aside], check=True)
+        check_end(plan, life)
+        assert "vanished" in said(plan, "checkpoint_failed")[0]["message"]
