@@ -19,7 +19,7 @@ from launcher.checkpoint.layout import Checkpoint
 from launcher.checkpoint.manifest import Manifest, damaged, folder_of, read
 from launcher.checkpoint.moments import KINDS
 from launcher.checkpoint.shards import MASTER, FlatShard
-from launcher.checkpoint.storage import Range, ShardReader, ranges_of
+from launcher.checkpoint.storage import Range, ShardReader, ranges_of, uneven
 from launcher.checkpoint.together import explained
 from launcher.errors import CheckpointError
 from launcher.plan.plan import Plan
@@ -119,8 +119,6 @@ def check(checkpoint: Checkpoint, manifest: Manifest, expected: Expected) -> Non
 
 
 def _in_manifest(checkpoint: Checkpoint, manifest: Manifest, expected: Expected) -> Iterator[str]:
-    if manifest.step != checkpoint.step:
-        yield f"its manifest is of step {manifest.step}"
     if manifest.progress.get("step") != checkpoint.step:
         yield f"its progress is of step {manifest.progress.get('step')}"
     if manifest.trajectory != expected.trajectory:
@@ -161,16 +159,7 @@ def _uneven(key: str, places: Sequence[Range], numel: int) -> str | None:
     dtype = "U8" if _kind(key).endswith(EIGHT_BIT) else "F32"
     if other := sorted({one.dtype for one in places} - {dtype}):
         return f"stored as {', '.join(other)}, not {dtype}"
-    end = 0
-    for one in sorted(places, key=lambda one: (one.start, one.numel)):
-        if one.start > end:
-            return f"values {end} to {one.start} are missing"
-        if one.start < end:
-            return f"values {one.start} to {min(end, one.start + one.numel)} are stored twice"
-        end += one.numel
-    if end < numel:
-        return f"values {end} to {numel} are missing"
-    return f"{end} values instead of {numel}" if end > numel else None
+    return uneven(places, numel)
 
 
 def _portions(numels: Mapping[str, int]) -> Iterator[dict[str, FlatShard]]:

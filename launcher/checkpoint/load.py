@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,8 +14,15 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from launcher.checkpoint.layout import Checkpoint, committed
 from launcher.checkpoint.manifest import Manifest, changed, damaged, folder_of, misplaced, read, verify
 from launcher.checkpoint.moments import refuse_other_cut
-from launcher.checkpoint.shards import MASTER, parameter_shapes, publish_masters, set_optimizer_step, training_state
-from launcher.checkpoint.storage import Range, ShardReader, ranges_of
+from launcher.checkpoint.shards import (
+    MASTER,
+    FlatShard,
+    parameter_shapes,
+    publish_masters,
+    set_optimizer_step,
+    training_state,
+)
+from launcher.checkpoint.storage import Range, ShardReader, ranges_of, uneven
 from launcher.checkpoint.together import together
 from launcher.errors import CheckpointError, DamagedCheckpoint
 from launcher.plan.plan import Plan
@@ -66,18 +74,21 @@ def load(checkpoint: Checkpoint, engine: Any, plan: Plan, group: Group = None) -
     ranges = [one for _, part in found for one in part]
     reader = ShardReader(checkpoint.store, folder_of(checkpoint, manifest), ranges)
     state = training_state(engine)
+    together(doing, lambda: _be_covered(checkpoint, state, ranges), group)
     together(doing, lambda: dcp_load(dict(state), storage_reader=reader, process_group=group), group)
     set_optimizer_step(engine, manifest.optimizer_step)
     publish_masters(engine)
     return manifest.progress
 
 
-def load_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+def load_weights(checkpoint: Checkpoint, verified: bool = False) -> dict[str, torch.Tensor]:
     """All trainable parameters, whole, fp32, on CPU, by the model's own names; needs no process group.
+
+    Every byte is read twice, once to verify it, unless the caller has `verified` it.
 
     Raises DamagedCheckpoint.
     """
-    manifest = verify(checkpoint)
+    manifest = read(checkpoint) if verified else verify(checkpoint)
     return {
         name: tensor.view(manifest.parameters[name])
         for name, tensor in read_whole(checkpoint, manifest, MASTER, list(manifest.parameters)).items()
@@ -100,6 +111,18 @@ def read_together(checkpoint: Checkpoint, doing: str, group: Group) -> Manifest:
     manifest = together(doing, lambda: read(checkpoint) if dist.get_rank(group) == 0 else None, group)[0]
     assert manifest is not None
     return manifest
+
+
+def _be_covered(checkpoint: Checkpoint, state: Mapping[str, FlatShard], ranges: list[Range]) -> None:
+    """Raise DamagedCheckpoint where a value would stay as it is: DCP fills what is stored, and says nothing of the
+    rest."""
+    stored: dict[str, list[Range]] = {}
+    for one in ranges:
+        stored.setdefault(one.name, []).append(one)
+    sizes = {name: shard.full_numel for name, shard in state.items()}
+    wrong = [f"{name}: {said}" for name, numel in sizes.items() if (said := uneven(stored.get(name, []), numel))]
+    if wrong:
+        raise damaged(checkpoint, wrong[:5])
 
 
 def _accept(

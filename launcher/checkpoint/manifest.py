@@ -105,7 +105,10 @@ def read(checkpoint: Checkpoint) -> Manifest:
             f"{checkpoint} is of format {found}, not {FORMAT}: another version of Slipway wrote it",
             hint="use the version named in the run's plan.json",
         )
-    return Manifest.model_validate_json(content)
+    manifest = Manifest.model_validate_json(content)
+    if manifest.step != checkpoint.step:
+        raise damaged(checkpoint, [f"its manifest is of step {manifest.step}"])
+    return manifest
 
 
 def folder_of(checkpoint: Checkpoint, manifest: Manifest) -> str:

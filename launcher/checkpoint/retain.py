@@ -51,6 +51,7 @@ def retain(store: Store, keep: Keep, attempt: Attempt, trusted: Checkpoint | Non
         fence(store, attempt)
         for checkpoint in superseded:
             with _logged(checkpoint):
+                fence(store, attempt)
                 remove(checkpoint)
                 gone.append(checkpoint)
         for checkpoint in steps(store):
@@ -77,8 +78,7 @@ def _sweep(checkpoint: Checkpoint, attempt: Attempt) -> None:
     for other in attempts:
         if other <= attempt and str(other) != committed_by:
             checkpoint.store.remove(checkpoint.staging(other))
-    if committed_by is None and all(other <= attempt for other in attempts):
-        checkpoint.store.remove(checkpoint.folder)
+    checkpoint.store.prune(checkpoint.folder)  # not more: a later attempt may have come to this step meanwhile
 
 
 @contextlib.contextmanager

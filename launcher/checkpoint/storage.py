@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -181,6 +181,20 @@ def ranges_of(store: Store, folder: str, file: str) -> list[Range]:
         for name, entry in entries.items()
         if name != "__metadata__"
     ]
+
+
+def uneven(ranges: Iterable[Range], numel: int) -> str | None:
+    """How ranges fail to cover [0, numel) exactly once; None where they do."""
+    end = 0
+    for one in sorted(ranges, key=lambda one: (one.start, one.numel)):
+        if one.start > end:
+            return f"values {end} to {one.start} are missing"
+        if one.start < end:
+            return f"values {one.start} to {min(end, one.start + one.numel)} are stored twice"
+        end += one.numel
+    if end < numel:
+        return f"values {end} to {numel} are missing"
+    return f"{end} values instead of {numel}" if end > numel else None
 
 
 def _num_bytes(item: Any) -> int:

@@ -85,7 +85,7 @@ def ends_on_signals(message: str, hint: str | None = None) -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         if os.getpid() != owner:  # a fork that prepares data has our handlers too
             os._exit(128 + number)
-        if _swallows(frame):
+        if _is_lost(frame):
             threading.Timer(_AGAIN_S, os.kill, (owner, number)).start()
             return
         for other in NUMBERS:
@@ -111,7 +111,7 @@ def ends_on_signals(message: str, hint: str | None = None) -> Iterator[None]:
         given_up.set()
 
 
-def _swallows(frame: FrameType | None) -> bool:
+def _is_lost(frame: FrameType | None) -> bool:
     """Whether what is raised there is lost: Python drops it in a finalizer, and in logging's part of a fork."""
     while frame is not None:
         if frame.f_code.co_name in ("__del__", "_acquireLock", "_releaseLock"):

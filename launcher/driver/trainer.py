@@ -61,7 +61,7 @@ def fit(plan: Plan, launch: int, listener: Listener) -> Verdict:
                 training.join(POLL_S)
                 for record in next(lines):
                     stopping.heard(record)
-                stopping.check_grace()
+                stopping.act()
     for record in next(lines):
         stopping.heard(record)
     verdict = training.verdict or remote.found_verdict(plan, launch)
@@ -103,6 +103,8 @@ class Stopping:
     def __init__(self, plan: Plan, launch: int, listener: Listener) -> None:
         self.plan, self.launch, self.listener = plan, launch, listener
         self.signals: list[int] = []
+        self.answered = 0
+        """How many of them."""
         self.deadline: float | None = None
         self.saved: int | None = None
         """Step of the newest checkpoint, as far as the workers have told."""
@@ -118,11 +120,22 @@ class Stopping:
         self.listener(record)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Handler of SIGINT and SIGTERM."""
+        """Handler of SIGINT and SIGTERM. What follows from it is for `act`: what is raised here may get lost."""
         self.signals.append(number)
+
+    def act(self) -> None:
+        """Do what signals ask for. Raises Interrupted where the run is not to be waited for any longer."""
+        while self.answered < len(self.signals):
+            self.answered += 1
+            self._answer(self.signals[self.answered - 1])
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            grace = f"the grace time of {self.plan.lifecycle.grace_s:g} s is over before the workers had saved"
+            raise self._interrupted(f"{grace}; {self._lost()}", signal.SIGTERM)
+
+    def _answer(self, number: int) -> None:
         if not self.begun and not remote.has_begun(self.plan, self.launch):
             raise self._interrupted("stopped before the first step", number)
-        if len(self.signals) > 1:
+        if self.answered > 1:
             raise self._interrupted(f"stopped at once; {self._lost()}", number)
         name = signal.Signals(number).name
         grace_s = self.plan.lifecycle.grace_s if number == signal.SIGTERM else None
@@ -131,12 +144,6 @@ class Stopping:
         self.listener({"kind": "stopping", "signal": name, "grace_s": grace_s})
         if not remote.ask_to_stop(self.plan, name):
             raise self._interrupted(f"the workers cannot be asked to save: {self._lost()}", number)
-
-    def check_grace(self) -> None:
-        """Raises Interrupted once the grace time is over."""
-        if self.deadline is not None and time.monotonic() > self.deadline:
-            grace = f"the grace time of {self.plan.lifecycle.grace_s:g} s is over before the workers had saved"
-            raise self._interrupted(f"{grace}; {self._lost()}", signal.SIGTERM)
 
     def _lost(self) -> str:
         since = f"since the checkpoint of step {self.saved}" if self.saved is not None else "so far"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.checkpoint.manifest import newest_sound
+from launcher.checkpoint.together import explained
 from launcher.errors import CheckpointError, ModelError, RunFailed, SlipwayError
 from launcher.export.card import model_card
 from launcher.export.verify import Agreement, verify
@@ -57,7 +58,7 @@ def export(plan: Plan, out: Path, merge: bool) -> Exported:
     if out.exists() and not (out / "slipway.json").exists():
         raise ModelError(f"{out} exists and is no export of ours", hint="choose another --out")
     step = checkpoint.step
-    model: Any = trained_model(plan, checkpoint)
+    model: Any = trained_model(plan, checkpoint, verified=True)
     probe = read_probe(run_dir, step)
     merge_drift = None
     if merge:
@@ -140,7 +141,8 @@ def main(arguments: list[str]) -> int:
     try:
         report: dict[str, Any] = asdict(export(Plan.load(run_dir / "plan.json"), out, merge))
         code = 0
-    except SlipwayError as error:
+    except (SlipwayError, OSError) as caught:
+        error = explained("exporting the model", caught)
         report, code = {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}, error.exit_code
     sys.stdout.write(json.dumps(report) + "\n")
     return code

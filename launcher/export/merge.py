@@ -18,7 +18,7 @@ from launcher.model.token_rows import add_rows
 from launcher.plan.plan import Plan
 
 
-def trained_model(plan: Plan, checkpoint: Checkpoint) -> nn.Module:
+def trained_model(plan: Plan, checkpoint: Checkpoint, verified: bool = False) -> nn.Module:
     """The base with the checkpoint's weights, in the training dtype, on the CPU; peft's wrapper for adapters.
 
     Rows of added tokens are folded in, unless they belong to adapters.
@@ -48,7 +48,7 @@ def trained_model(plan: Plan, checkpoint: Checkpoint) -> nn.Module:
     if added := added_ids(plan):
         add_rows(base, added, trajectory.seed, torch.device("cpu"))
     model: Any = apply_method(base, trajectory.method, trajectory.seed, added)
-    fill(model, load_weights(checkpoint), checkpoint)
+    fill(model, load_weights(checkpoint, verified), checkpoint)
     if trajectory.method.kind == "freeze" and model is not base:
         model = model.merge_and_unload()
     trained: nn.Module = model.eval()

@@ -119,6 +119,11 @@ class FolderStore(Store):
                 _remove_folder(path)
             sync_folder(path.parent)
 
+    def prune(self, folder: str) -> None:
+        """As any store."""
+        with contextlib.suppress(OSError):  # not empty, or not there
+            (self.root / folder).rmdir()
+
     def _place(self, name: str) -> Path:
         """The file's path, its folders made."""
         path = self.root / name

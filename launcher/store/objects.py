@@ -236,6 +236,9 @@ class ObjectStore(Store):
                 words = f"cannot be deleted: {refused.get('Message', '')} ({refused.get('Code')})"
                 raise OSError(number, words, f"{self.url}/{name}")
 
+    def prune(self, folder: str) -> None:
+        """As any store: here a folder is its files."""
+
     def _path(self, name: str) -> str:
         return f"{self._root}/{name.strip('/')}".rstrip("/")
 

@@ -65,3 +65,7 @@ class Store(ABC):
     @abstractmethod
     def remove(self, name: str) -> None:
         """Delete a file, or a folder with all that is in it; nothing where there is none."""
+
+    @abstractmethod
+    def prune(self, folder: str) -> None:
+        """Forget a folder in which nothing is left; one that holds something stays."""

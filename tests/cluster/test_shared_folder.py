@@ -1,5 +1,5 @@
-"""Two nodes on this machine, the second in a mount namespace of its own: with the folder of runs, or with an empty disk in
-its place."""
+"""Two nodes on this machine, the second in a mount namespace of its own, where an empty disk hides the folder of
+runs."""
 
 from __future__ import annotations
 
@@ -77,8 +77,11 @@ def test_a_folder_that_a_node_does_not_see_is_refused_before_anything_starts(
             "--run-dir s3://bucket/..\n"
         ) in err
         assert not (runs / "mine").exists()
-        # Another folder of the same two nodes is seen by both: there the run goes to its end, a rank on each.
+        # Another folder of the same two nodes is seen by both: there the run goes to its end, a rank on each. What Ray
+        # Train keeps of its own (TMPDIR) needs to be seen by the driver's node alone.
         shared = tmp_path / "shared"
+        (runs / "tmp").mkdir()
+        monkeypatch.setenv("TMPDIR", str(runs / "tmp"))
         run = ["run", "tiny.yaml", "train.max_steps=2", "checkpoint.every_steps=1", "--address", address]
         with Command(tmp_path, *run, "--run-dir", shared) as command:
             code, out, err = command.end()
@@ -86,6 +89,7 @@ def test_a_folder_that_a_node_does_not_see_is_refused_before_anything_starts(
         assert "checked: plain transformers" in out
         assert len(losses(shared)) == 2
         assert not list(shared.glob(".seen-by-all-*"))
+        assert not list((runs / "tmp").iterdir())
         # A run that was begun where all see it and then moved to where they do not is refused as well.
         shared.rename(runs / "moved")
         with Command(tmp_path, "resume", runs / "moved", "train.max_steps=4", "--address", address) as command:

@@ -30,7 +30,11 @@ from launcher.store.spool import Spool, pull
 from tests.unit.s3_server import BUCKET, ask, environment, s3_server
 
 ROOT = Path(__file__).parents[2]
-BUSY = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+REFUSALS = {
+    "busy": (503, "SlowDown", "Please reduce your request rate."),
+    "broken": (500, "InternalError", "We encountered an internal error."),
+    "gone": (404, "NoSuchUpload", "The specified upload does not exist."),
+}
 CONTENT = random.Random(0).randbytes(12 << 20)
 
 
@@ -66,7 +70,7 @@ class Proxy(ThreadingHTTPServer):
     """In front of the server: `rule` says of each request, numbered from 1, what becomes of it.
 
     drop: closed before the server hears of it; lost: the server has done it, and the answer is lost; half: the answer
-    breaks off; busy: 503; bare: sent on without If-None-Match; anything else: sent on.
+    breaks off; one of REFUSALS; bare: sent on without If-None-Match; anything else: sent on.
     """
 
     daemon_threads = True
@@ -92,8 +96,10 @@ class Handler(BaseHTTPRequestHandler):
         self.server.seen.append((what, f"{self.command} {self.path}"))
         if what == "drop":
             self.close_connection = True
-        elif what == "busy":
-            self.answer(503, [("Content-Length", str(len(BUSY)))], BUSY)
+        elif what in REFUSALS:
+            status, code, message = REFUSALS[what]
+            content = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+            self.answer(status, [("Content-Length", str(len(content)))], content)
         else:
             self.forward(what, body)
 
@@ -146,9 +152,9 @@ def through(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
         proxy.server_close()
 
 
-def once(what: str, method: str, part: str) -> Callable[[int, str, str], str]:
-    """That becomes of the first request with this method and part of its path; the rest is sent on."""
-    left = [what]
+def first(what: list[str], method: str, part: str) -> Callable[[int, str, str], str]:
+    """That becomes of the first requests with this method and part of their path; the rest is sent on."""
+    left = what[::-1]
     return lambda _, command, path: left.pop() if left and command == method and part in path else ""
 
 
@@ -257,12 +263,14 @@ def test_a_package_that_is_missing() -> None:
 
 
 def test_a_network_that_fails_now_and_then(through: Callable[..., Proxy], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every third connection breaks, before, after or amid the answer, and every fourth request finds a busy server."""
+    """Every third connection breaks, before, after or amid the answer, and every fourth request finds a busy server
+    or a broken one.
+    """
 
     def rule(number: int, command: str, path: str) -> str:
         if number % 3 == 0:
             return ("drop", "lost", "half")[number // 3 % 3]
-        return "busy" if number % 4 == 0 else ""
+        return {4: "busy", 0: "broken"}.get(number % 8, "")
 
     proxy = through(rule)
     monkeypatch.setattr(objects, "_PART_BYTES", 5 << 20)  # S3's least
@@ -289,15 +297,15 @@ def test_a_network_that_fails_now_and_then(through: Callable[..., Proxy], monkey
     store.remove("small")
     assert store.names() == ["large", "made"]
     happened = [what for what, _ in proxy.seen]
-    assert {"drop", "lost", "half", "busy", ""} == set(happened)
+    assert {"drop", "lost", "half", "busy", "broken", ""} == set(happened)
     assert happened.count("") < 0.6 * len(happened)
 
 
 def test_a_file_that_was_created_though_the_answer_was_lost(through: Callable[..., Proxy]) -> None:
-    proxy = through(once("lost", "PUT", "/COMMIT"))
+    proxy = through(first(["lost"], "PUT", "/COMMIT"))
     assert ObjectStore(new_url()).create("COMMIT", b"mine")
     assert [what for what, request in proxy.seen if "PUT" in request] == ["lost", ""]
-    through(once("lost", "PUT", "/COMMIT"))
+    through(first(["lost"], "PUT", "/COMMIT"))
     store = ObjectStore(new_url())
     store.write("other", b"1")
     assert store.create("COMMIT", b"first")
@@ -305,16 +313,23 @@ def test_a_file_that_was_created_though_the_answer_was_lost(through: Callable[..
     assert store.read("COMMIT") == b"first"
 
 
+@pytest.mark.parametrize("then", ["", "gone"])
 def test_parts_that_were_joined_though_the_answer_was_lost(
-    through: Callable[..., Proxy], monkeypatch: pytest.MonkeyPatch
+    through: Callable[..., Proxy], monkeypatch: pytest.MonkeyPatch, then: str
 ) -> None:
+    """Some servers join them again; others say that there is no such upload any more."""
     monkeypatch.setattr(objects, "_PART_BYTES", 5 << 20)
-    proxy = through(once("lost", "POST", "?uploadId="))
+    proxy = through(first(["lost", then], "POST", "?uploadId="))
     store = ObjectStore(new_url())
     with store.writing("large") as write:
         write(CONTENT)
     assert store.sizes("") == {"large": len(CONTENT)}
-    assert [what for what, request in proxy.seen if "POST" in request and "?uploadId=" in request] == ["lost", ""]
+    assert [what for what, request in proxy.seen if "POST" in request and "?uploadId=" in request] == ["lost", then]
+    through(first(["gone"], "POST", "?uploadId="))
+    store = ObjectStore(store.url)
+    with pytest.raises(FileNotFoundError, match="NoSuchUpload"), store.writing("large") as write:
+        write(CONTENT[::-1])
+    assert b"".join(bytes(block) for block in store.blocks("large")) == CONTENT
 
 
 def test_a_part_that_fails_for_good(
