@@ -58,8 +58,7 @@ def begin(plan: Plan, prepared: DataFacts) -> None:
         with writable(plan.location):
             (run_dir / DATA).symlink_to(prepared.folder, target_is_directory=True)
             base = ["base"] if plan.trajectory.model.source == "scratch" else []
-            small = [name for name in ("recipe.yaml", "environment.json", STAMPS) if (run_dir / name).exists()]
-            _push(plan, [*small, *base, DATA])
+            _push(plan, ["recipe.yaml", "environment.json", STAMPS, *base, DATA])
             _push(plan, ["plan.json"])
     except BaseException:
         (run_dir / "plan.json").unlink(missing_ok=True)  # there is no run
@@ -155,9 +154,9 @@ def finish(plan: Plan) -> None:
     if not is_url(plan.location):
         return
     run_dir = Path(plan.run_dir)
-    names = [VERDICT_FILE, METRICS_FILE, *(f"logs/{path.name}" for path in sorted((run_dir / "logs").glob("*")))]
+    made = (path for kind in ("logs/*", "probe-*", "answers-*") for path in sorted(run_dir.glob(kind)))
     with writable(plan.location):
-        _push(plan, [name for name in names if (run_dir / name).exists()])
+        _push(plan, [VERDICT_FILE, METRICS_FILE, *(path.relative_to(run_dir).as_posix() for path in made)])
     send_model(plan)
 
 

@@ -232,10 +232,11 @@ def matrix(root: Path, loads: list[Load], base: Plan | None = None) -> Curves:
 
 def table(curves: Curves, layouts: list[Layout], fresh: bool, steps: int) -> str:
     """Errors of every pair: a row for each layout that saved, a column for each that loaded."""
-    lines = ["saved\\loaded" + "".join(f"{layout!s:>8}" for layout in layouts)]
-    for source in layouts:
+    cuts = [f"{layout.ranks}x{layout.zero}" for layout in layouts]
+    lines = ["saved\\loaded" + "".join(f"{cut:>8}" for cut in cuts)]
+    for cut, source in zip(cuts, layouts, strict=True):
         errors = [curves.error(Load(source, target, fresh), steps) for target in layouts]
-        lines.append(f"{source!s:>12}" + "".join(f"{error:8.0e}" if error else "       0" for error in errors))
+        lines.append(f"{cut:>12}" + "".join(f"{error:8.0e}" if error else "       0" for error in errors))
     return "\n".join(lines)
 
 
@@ -250,17 +251,19 @@ SAMPLE = [
 FRESH = [replace(SAMPLE[0], fresh=True), replace(SAMPLE[5], fresh=True), replace(SAMPLE[10], fresh=True)]
 
 
-def others(worlds: tuple[int, int], dtype: str = "fp32", offload: bool = False, method: str = "full") -> list[Load]:
-    """Between two numbers of ranks both ways, with ZeRO-3 on the side of more."""
+def there_and_back(
+    ranks: int, other_ranks: int, dtype: str = "fp32", offload: bool = False, method: str = "full"
+) -> list[Load]:
+    """From stage 0 on `ranks` to stage 3 on the others, and from there to stage 2 on `ranks`."""
 
-    def layout(ranks: int, zero: int) -> Layout:
-        return Layout(ranks, zero, dtype, offload and zero > 0, method)
+    def layout(count: int, zero: int) -> Layout:
+        return Layout(count, zero, dtype, offload and zero > 0, method)  # at stage 0 nothing is offloaded
 
-    few, many = worlds
-    return [Load(layout(few, 0), layout(many, 3)), Load(layout(many, 3), layout(few, 2))]
+    away = layout(other_ranks, 3)
+    return [Load(layout(ranks, 0), away), Load(away, layout(ranks, 2))]
 
 
-BF16_SAMPLE = [*others(WORLDS, "bf16"), Load(Layout(3, 3, "bf16"), Layout(3, 1, "bf16"))]
+BF16_SAMPLE = [*there_and_back(*WORLDS, "bf16"), Load(Layout(3, 3, "bf16"), Layout(3, 1, "bf16"))]
 OFFLOADED = [
     Load(Layout(1, 2, offload=True), Layout(3, 3, offload=True)),
     Load(Layout(3, 3, offload=True), Layout(1, 0)),
@@ -318,5 +321,5 @@ def test_offload_and_adapters_between_two_and_four_ranks(tmp_path: Path, method:
     base = None if method == "full" else tiny_run(tmp_path / "base")
     loads = []
     for dtype in ("fp32", "bf16"):
-        loads += others((2, 4), dtype, method=method) + others((4, 2), dtype, offload=True, method=method)
+        loads += there_and_back(2, 4, dtype, method=method) + there_and_back(4, 2, dtype, True, method)
     matrix(tmp_path, loads, base).check(loads)

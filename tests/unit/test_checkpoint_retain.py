@@ -16,7 +16,7 @@ from launcher.checkpoint.manifest import newest_sound, verify
 from launcher.checkpoint.retain import Keep, retain
 from launcher.store.folder import FolderStore
 from launcher.store.store import Store
-from tests.checkpoints import FIRST, STORES, checkpoint_at, copy_checkpoint, opened, write_checkpoint
+from tests.checkpoints import FIRST, STORES, copy_checkpoint, opened, write_checkpoint
 
 
 @pytest.fixture(scope="module", params=STORES)
@@ -198,15 +198,13 @@ def test_a_kill_in_the_middle_of_a_removal_leaves_no_half_checkpoint(tmp_path: P
     last = 6
     template = tmp_path / "template"
     template.mkdir()
-    write_checkpoint(FolderStore(template), 1, ranks=25, shapes={f"p{i}": (50,) for i in range(4)})
+    for step in range(1, last + 1):
+        write_checkpoint(FolderStore(template), step, ranks=25, shapes={f"p{i}": (50,) for i in range(4)})
     halves = 0
     for target in range(1, last):
         run_dir = tmp_path / f"run-{target}"
         for step in range(1, last + 1):
-            copy_checkpoint(template, 1, run_dir)
-            (run_dir / "checkpoints" / "step-00000001").rename(run_dir / f"step-{step}")
-        for step in range(1, last + 1):
-            (run_dir / f"step-{step}").rename(run_dir / checkpoint_at(run_dir, step).folder)
+            copy_checkpoint(template, step, run_dir)
         store = FolderStore(run_dir)
         assert steps(store) == list(range(1, last + 1))
         commit = run_dir / Checkpoint(store, target).commit
