@@ -45,10 +45,10 @@ def command(
 
     with ends_on_signals("stopped before training began"):
         loaded = load(recipe, overrides or ())
+        remote.check(run_dir or loaded.recipe.runs)
         if resume is Resume.AUTO and go_on_by_itself(loaded, run_dir, address):
             return
         location = new_run_folder(loaded, run_dir)
-        remote.check(location)
         with preparing(render.err()) as report:
             decided = decide(loaded, location, report, address)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import time
 from pathlib import Path
 from typing import Any
 
+from launcher.driver.start import writable
 from launcher.errors import ClusterError
 from launcher.plan.plan import LayoutPlan, Plan
 from launcher.store.location import is_url
@@ -25,6 +27,7 @@ def check_shared(plan: Plan) -> None:
 
     Raises:
         ClusterError: some node does not see it.
+        RunFolderError: nothing can be written there.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -38,7 +41,8 @@ def check_shared(plan: Plan) -> None:
     run_dir, token = Path(plan.run_dir), f".seen-by-all-{secrets.token_hex(8)}"
     look = ray.remote(num_cpus=0, max_retries=0)(sees)
     try:
-        (run_dir / token).touch()
+        with writable(run_dir):
+            (run_dir / token).touch()
         asked = {
             name: look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(name, soft=False)).remote(
                 str(run_dir / token), APPEAR_S
@@ -48,7 +52,8 @@ def check_shared(plan: Plan) -> None:
         ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWER_S)
         blind = [others[name]["NodeManagerHostname"] for name, answer in asked.items() if not _told(answer)]
     finally:
-        (run_dir / token).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (run_dir / token).unlink()
     if blind:
         who = f"{', '.join(sorted(blind))} {'does' if len(blind) == 1 else 'do'} not see it"
         raise ClusterError(

@@ -220,6 +220,9 @@ def writable(place: Path | str) -> Iterator[None]:
         yield
     except OSError as error:
         if is_url(str(place)):
+            from launcher.store.objects import ObjectStore
+
+            ObjectStore(str(place)).check(writes=False)  # tells what to do where it fails too
             raise RunFolderError(
                 f"{place}: {error.strerror or error}", hint="check the connection, the bucket and the credentials"
             ) from error

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import io
 import secrets
-import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from launcher.errors import RunFolderError
+from launcher.store.refusals import code_of, os_error, refused
 from launcher.store.store import Store, Write
 
 _MIB = 1 << 20
@@ -71,7 +71,7 @@ class ObjectStore(Store):
             ) from error
         except Exception as error:  # each package has its own; some look for credentials here
             if protocol in known_implementations:
-                raise _refused(self, "opening", _os_error(error, self.url, patience_s)) from error
+                raise refused(self.url, "opening", os_error(error, self.url, patience_s)) from error
             raise RunFolderError(f"{url}: unknown kind of store", hint="such as s3://, gs:// or az://") from error
         self._root = path.rstrip("/")
 
@@ -108,7 +108,7 @@ class ObjectStore(Store):
             doing = "deleting a file"
             quick.remove(name)
         except OSError as error:
-            raise _refused(self, doing, error) from error
+            raise refused(self.url, doing, error) from error
         if not made or again or found != content:
             raise RunFolderError(
                 f"{self}: the server overwrites a file that was to be made only where there is none, so two launchers "
@@ -121,7 +121,9 @@ class ObjectStore(Store):
         try:
             self._list("")
         except FileNotFoundError as error:
-            return _code(error) != "NoSuchBucket" if self._is_s3 else bool(self._files.exists(self._root.split("/")[0]))
+            return (
+                code_of(error) != "NoSuchBucket" if self._is_s3 else bool(self._files.exists(self._root.split("/")[0]))
+            )
         return True
 
     def names(self, folder: str = "") -> list[str]:
@@ -188,7 +190,7 @@ class ObjectStore(Store):
             except FileExistsError:
                 break
             except OSError as error:
-                if wait_s is None or _code(error) != "ConditionalRequestConflict":
+                if wait_s is None or code_of(error) != "ConditionalRequestConflict":
                     raise
                 time.sleep(wait_s)  # S3 is deciding between several, and asks for another try
         with contextlib.suppress(FileNotFoundError):
@@ -284,7 +286,7 @@ class ObjectStore(Store):
         try:
             return call(*args, **options)
         except Exception as error:  # each package has its own
-            raise _os_error(error, f"{self.url}/{name}".rstrip("/"), limit_s) from error
+            raise os_error(error, f"{self.url}/{name}".rstrip("/"), limit_s) from error
 
 
 class _Upload:
@@ -321,7 +323,7 @@ class _Upload:
             self._ask("complete_multipart_upload", MultipartUpload=parts, extra_s=_JOIN_S)
         except FileNotFoundError as error:
             # The answer to an earlier try was lost: the upload is no more because the file is there.
-            if _code(error) != "NoSuchUpload" or not self._has_arrived():
+            if code_of(error) != "NoSuchUpload" or not self._has_arrived():
                 raise
 
     def abort(self) -> None:
@@ -357,79 +359,3 @@ class _Upload:
     def _has_arrived(self) -> bool:
         found = self._store._s3(self._name, "head_object")
         return bool(found["Metadata"].get("slipway-upload") == self._token)
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    chain = [error]
-    while (cause := chain[-1].__cause__) is not None:
-        chain.append(cause)
-    return chain
-
-
-def _answer(error: BaseException) -> tuple[str, int, str]:
-    """Code, HTTP status and words of the server's refusal, or "", 0 and "" where it was none."""
-    for link in _chain(error):
-        response = getattr(link, "response", None)
-        if isinstance(response, dict):
-            said = response.get("Error", {})
-            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-            return str(said.get("Code", "")), int(status), str(said.get("Message", ""))
-    return "", 0, ""
-
-
-def _code(error: BaseException) -> str:
-    return _answer(error)[0]
-
-
-_KEYS = ("Credential", "Token", "Profile", "Login", "Authentication")
-"""Parts of the names of errors about credentials, in whatever package."""
-_CONNECTION = {"HTTPClientError", "ConnectionError", "ClientConnectionError", "gaierror"}
-
-
-def _os_error(error: Exception, url: str, limit_s: float) -> OSError:
-    """What fsspec, a package below it or the server says, in one line: its errno says what kind it is."""
-    code, status, said = _answer(error)
-    kinds = {kind.__name__ for link in _chain(error) for kind in type(link).__mro__}
-    words = textwrap.shorten(said or str(error) or type(error).__name__, 200)
-    if code and not code.isdigit():
-        words = f"{words.rstrip('.')} ({code})"
-    if code == "NoSuchBucket":
-        number, words = errno.ENOENT, "there is no such bucket"
-    elif status == 416 or code == "InvalidRange":
-        number = errno.ERANGE
-    elif status in (404, 410) or isinstance(error, FileNotFoundError):
-        number, words = errno.ENOENT, "no such file" if code in ("", "404", "NoSuchKey") else words
-    elif status == 412 or "FileExistsError" in kinds or "ResourceExistsError" in kinds:
-        number = errno.EEXIST
-    elif status == 501 or isinstance(error, NotImplementedError):
-        number = errno.ENOSYS
-    elif status in (401, 403) or "PermissionError" in kinds or any(word in kind for kind in kinds for word in _KEYS):
-        number = errno.EACCES
-    elif "FSTimeoutError" in kinds and not code:
-        number, words = errno.ETIMEDOUT, f"no answer within {limit_s:.0f} s"
-    elif "ParamValidationError" in kinds:
-        number = errno.EINVAL
-    elif kinds & _CONNECTION:
-        number = errno.EHOSTUNREACH
-    else:
-        number = (isinstance(error, OSError) and error.errno) or errno.EIO
-    return OSError(number, words, url)
-
-
-def _refused(store: ObjectStore, doing: str, error: OSError) -> RunFolderError:
-    """The same for the user, before a run begins."""
-    aws = store.url.startswith(("s3://", "s3a://"))
-    if error.errno == errno.EACCES:
-        hint = (
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or use a role that may list, read, write "
-            "and delete there; for a server other than Amazon's also AWS_ENDPOINT_URL"
-            if aws
-            else "give the credentials of this store, as its own tools take them"
-        )
-    elif error.errno in (errno.ENOENT, errno.EINVAL):
-        hint = "make the bucket, or mend the URL" + (" or AWS_ENDPOINT_URL" if aws else "")
-    elif error.errno == errno.ENOSYS:
-        hint = "the server must be able to make a file only where there is none (If-None-Match)"
-    else:
-        hint = "check the connection" + (" and, for a server other than Amazon's, AWS_ENDPOINT_URL" if aws else "")
-    return RunFolderError(f"{store}: {doing} failed: {error.strerror}", hint=hint)
