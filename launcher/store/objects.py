@@ -233,9 +233,9 @@ class ObjectStore(Store):
         for start in range(0, len(paths), 1000):
             keys = [{"Key": self._files.split_path(path)[1]} for path in paths[start : start + 1000]]
             answer = self._s3(name, "delete_objects", key=False, Delete={"Objects": keys, "Quiet": True})
-            for refused in answer.get("Errors", [])[:1]:
-                number = errno.EACCES if refused.get("Code") == "AccessDenied" else errno.EIO
-                words = f"cannot be deleted: {refused.get('Message', '')} ({refused.get('Code')})"
+            for left in answer.get("Errors", [])[:1]:
+                number = errno.EACCES if left.get("Code") == "AccessDenied" else errno.EIO
+                words = f"cannot be deleted: {left.get('Message', '')} ({left.get('Code')})"
                 raise OSError(number, words, f"{self.url}/{name}")
 
     def prune(self, folder: str) -> None:

@@ -1,4 +1,4 @@
-"""What fsspec, the packages below it and the servers say when they refuse, as one OSError whose errno tells the kind."""
+"""What fsspec, the packages below it and the servers say when they refuse: an OSError whose errno tells the kind."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def _answer(error: BaseException) -> tuple[str, int, str]:
 
 
 def code_of(error: BaseException) -> str:
+    """The server's own name for its refusal, such as NoSuchBucket; "" where it was none of a server's."""
     return _answer(error)[0]
 
 
