@@ -106,7 +106,7 @@ def check(checkpoint: Checkpoint, manifest: Manifest, expected: Expected) -> Non
     numels = _numels(manifest, stored, expected.eight_bit)
     wrong += [f"{key} is missing" for key in numels.keys() - stored.keys()]
     wrong += [f"{key} is no state of a parameter" for key in stored.keys() - numels.keys()]
-    wrong += _without_scale(numels)
+    wrong += _without_scale(manifest, numels)
     uneven = {key: said for key, numel in numels.items() if (said := _uneven(key, stored.get(key, []), numel))}
     wrong += [f"{key}: {said}" for key, said in uneven.items() if key in stored]
     for pieces in _portions({key: numel for key, numel in numels.items() if key not in uneven}):
@@ -134,22 +134,25 @@ def _in_manifest(checkpoint: Checkpoint, manifest: Manifest, expected: Expected)
 
 
 def _numels(manifest: Manifest, stored: Mapping[str, list[Range]], eight_bit: bool) -> dict[str, int]:
-    """How many values each flat tensor must have. Of scales nobody but the file knows how many there are."""
+    """How many values each flat tensor must have. Of blocks nobody but the file knows how many there are."""
     numels = {}
     for name, shape in manifest.parameters.items():
         for kind in (MASTER, *KINDS):
-            in_8_bits = eight_bit and kind != MASTER and f"{kind}{EIGHT_BIT}.{name}" in stored
-            numels[f"{kind}{EIGHT_BIT if in_8_bits else ''}.{name}"] = math.prod(shape)
+            if not eight_bit or kind == MASTER or f"{kind}.{name}" in stored:
+                numels[f"{kind}.{name}"] = math.prod(shape)
     if eight_bit:
-        scales = {key: places for key, places in stored.items() if _kind(key).endswith(SCALES)}
-        numels |= {key: max(one.start + one.numel for one in places) for key, places in scales.items()}
+        blocks = {key: places for key, places in stored.items() if _kind(key).endswith((EIGHT_BIT, SCALES))}
+        numels |= {key: max(one.start + one.numel for one in places) for key, places in blocks.items()}
     return numels
 
 
-def _without_scale(numels: Mapping[str, int]) -> Iterator[str]:
+def _without_scale(manifest: Manifest, numels: Mapping[str, int]) -> Iterator[str]:
     for kind in KINDS:
+        needed = sum(math.prod(shape) for name, shape in manifest.parameters.items() if f"{kind}.{name}" not in numels)
         values = sum(numel for key, numel in numels.items() if _kind(key) == f"{kind}{EIGHT_BIT}")
         scales = sum(numel for key, numel in numels.items() if _kind(key) == f"{kind}{SCALES}")
+        if needed > values:
+            yield f"{kind}: {needed} values are in 8 bits, and only {values} codes are there"
         if values > BLOCK * scales:
             yield f"{kind}: {values} values in 8 bits have only {scales} scales"
 

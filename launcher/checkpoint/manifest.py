@@ -6,6 +6,7 @@ byte anywhere is found.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,11 @@ from launcher.errors import CheckpointError, DamagedCheckpoint
 from launcher.store.store import Store
 
 FORMAT = 2
+_PASSING = {
+    *(errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENOTCONN),
+    *(errno.EACCES, errno.EPERM, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN),
+}
+"""Errors of a network, of rights, of this process; not of what is stored."""
 
 
 class ShardFile(BaseModel):
@@ -78,26 +84,36 @@ class Commit(BaseModel):
         return cls(attempt=manifest.attempt, manifest_sha256=digest).model_dump_json().encode() + b"\n"
 
 
-def read(checkpoint: Checkpoint) -> Manifest:
-    """The manifest of a committed checkpoint.
-
-    Raises CheckpointError where COMMIT or the manifest is missing, or does not fit the other.
-    """
-    store = checkpoint.store
+def commit_of(checkpoint: Checkpoint) -> Commit | None:
+    """What COMMIT says; None where there is none. Raises as `read`."""
     try:
-        promised = Commit.model_validate_json(store.read(checkpoint.commit))
-        staging = checkpoint.staging(Attempt.parse(promised.attempt))
+        promised = Commit.model_validate_json(checkpoint.store.read(checkpoint.commit))
+        Attempt.parse(promised.attempt)
+    except FileNotFoundError:
+        return None
     except ValueError as error:  # pydantic's own is one
         raise damaged(checkpoint, [f"{COMMIT}: content changed"]) from error
     except OSError as error:
-        raise damaged(checkpoint, [_in_words(error)]) from error
+        raise damaged(checkpoint, [f"{COMMIT}: {_in_words(checkpoint, error)}"]) from error
+    return promised
+
+
+def read(checkpoint: Checkpoint) -> Manifest:
+    """The manifest of a committed checkpoint.
+
+    Raises DamagedCheckpoint where COMMIT or the manifest is missing, or does not fit the other; CheckpointError where
+    they cannot be read just now.
+    """
+    promised = commit_of(checkpoint)
+    if promised is None:
+        raise damaged(checkpoint, [f"{COMMIT} is missing"])
     try:
-        content = store.read(f"{staging}/{MANIFEST}")
+        content = checkpoint.store.read(f"{checkpoint.staging(Attempt.parse(promised.attempt))}/{MANIFEST}")
     except FileNotFoundError as error:
         wrong = f"{MANIFEST} of attempt {promised.attempt}, which {COMMIT} names, is missing"
         raise damaged(checkpoint, [wrong]) from error
     except OSError as error:
-        raise damaged(checkpoint, [f"{MANIFEST}: {_in_words(error)}"]) from error
+        raise damaged(checkpoint, [f"{MANIFEST}: {_in_words(checkpoint, error)}"]) from error
     if hashlib.sha256(content).hexdigest() != promised.manifest_sha256:
         raise damaged(checkpoint, [f"{MANIFEST} is not the one that {COMMIT} names"])
     if (found := json.loads(content).get("format")) != FORMAT:
@@ -123,7 +139,7 @@ def measure(checkpoint: Checkpoint, manifest: Manifest, name: str) -> str | None
         for block in checkpoint.store.blocks(f"{folder_of(checkpoint, manifest)}/{name}"):
             digest.update(block)
     except (OSError, EOFError) as error:
-        return f"{name}: {_in_words(error)}"
+        return f"{name}: {_in_words(checkpoint, error)}"
     return None if digest.hexdigest() == manifest.files[name].sha256 else f"{name}: content changed"
 
 
@@ -150,13 +166,13 @@ def changed(checkpoint: Checkpoint, manifest: Manifest, names: Sequence[str]) ->
 def verify(checkpoint: Checkpoint) -> Manifest:
     """Read all of a checkpoint and compare it with its manifest, which is returned.
 
-    Raises CheckpointError that names every damaged file.
+    Raises DamagedCheckpoint that names every damaged file; CheckpointError where they cannot be read just now.
     """
     manifest = read(checkpoint)
     try:
         wrong = misplaced(checkpoint, manifest)
     except OSError as error:
-        wrong = [_in_words(error)]
+        wrong = [_in_words(checkpoint, error)]
     ill = {line.partition(":")[0] for line in wrong}
     wrong += changed(checkpoint, manifest, [name for name in sorted(manifest.files) if name not in ill])
     if wrong:
@@ -172,20 +188,25 @@ def damaged(checkpoint: Checkpoint, wrong: Iterable[str]) -> DamagedCheckpoint:
 def newest_sound(store: Store) -> tuple[Checkpoint | None, list[str]]:
     """The newest committed checkpoint of a store that is whole, and a message for each newer, damaged one.
 
-    Reads the checkpoint's every byte: ask once, on one rank.
+    Reads the checkpoint's every byte: ask once, on one rank. Raises CheckpointError where they cannot be read just now.
     """
     messages = []
     for checkpoint in reversed(committed(store)):
         try:
             verify(checkpoint)
-        except CheckpointError as error:
+        except DamagedCheckpoint as error:
             messages.append(error.message)
         else:
             return checkpoint, messages
     return None, messages
 
 
-def _in_words(error: BaseException) -> str:
+def _in_words(checkpoint: Checkpoint, error: BaseException) -> str:
+    """What is wrong with a file. Raises CheckpointError for what may pass: it says nothing about the checkpoint."""
+    if isinstance(error, OSError) and error.errno in _PASSING:
+        raise CheckpointError(
+            f"{checkpoint} cannot be read: {error.strerror}", hint="check its disk or server, then try again"
+        ) from error
     if isinstance(error, FileNotFoundError):
         return f"{str(error.filename or error).rpartition('/')[2]} is missing"
     return str(error).splitlines()[0]

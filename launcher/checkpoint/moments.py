@@ -1,12 +1,13 @@
 """What the optimizer keeps of each master, as tensors that a checkpoint can hold.
 
     AdamW (torch's, DeepSpeed's)   exp_avg, exp_avg_sq             fp32, laid out like the master
-    bitsandbytes' AdamW8bit        exp_avg_8bit, exp_avg_sq_8bit   codes, uint8, laid out like the master
+    bitsandbytes' AdamW8bit        exp_avg_8bit, exp_avg_sq_8bit   codes, uint8, one for each value of the master
                                    exp_avg_absmax, ...             a scale for each 256 codes, fp32
 
-Codes and scales are stored as they are: dequantizing and quantizing again is exact only where every block gets the
-values it had, and not even there (the code book has +1 and no -1). So they fit one cutting of the masters only. Masters
-of fewer than 4,096 values have moments in fp32 also there.
+Codes and scales are stored as they are, whole: ZeRO's padding has codes too, and shares scales with its neighbours.
+Dequantizing and quantizing again is exact only where every block gets the values it had, and not even there (the code
+book has +1 and no -1). So they fit one cutting of the masters only. Masters of fewer than 4,096 values have moments in
+fp32 also there.
 """
 
 from __future__ import annotations
@@ -46,16 +47,20 @@ def allocated(engine: Any, masters: Sequence[torch.Tensor]) -> dict[torch.Tensor
 
 
 def like_master(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """{kind: tensor} of what is laid out like the master."""
+    """{kind: tensor} of what is laid out like the master and may be cut anew with it."""
     if "exp_avg" in state:
         return {kind: state[kind] for kind in KINDS}
-    ending = "_8bit" if state["state1"].dtype == torch.uint8 else ""
-    return {kind + ending: state[f"state{number}"] for kind, number in _BNB.items()}
+    if state["state1"].dtype == torch.uint8:
+        return {}
+    return {kind: state[f"state{number}"] for kind, number in _BNB.items()}
 
 
-def scales(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """{kind: tensor} of what belongs to whole blocks of the master."""
-    return {f"{kind}_absmax": state[f"absmax{number}"] for kind, number in _BNB.items() if f"absmax{number}" in state}
+def in_blocks(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """{kind: tensor} of what fits this cut of the master only."""
+    if "absmax1" not in state:
+        return {}
+    codes = {f"{kind}_8bit": state[f"state{number}"] for kind, number in _BNB.items()}
+    return codes | {f"{kind}_absmax": state[f"absmax{number}"] for kind, number in _BNB.items()}
 
 
 def refuse_other_cut(plan: Plan, world_size: int, saved_layout: dict[str, Any], saved_world_size: int) -> None:
@@ -78,7 +83,12 @@ def _cut(zero: int, world_size: int) -> str:
 def _create(optimizer: Any, master: torch.Tensor, state: dict[str, Any]) -> None:
     if hasattr(optimizer, "init_state"):  # bitsandbytes
         group = optimizer.param_groups[0]  # size and bits are the same in all
-        optimizer.init_state(group, master, -1, -1)
+        # It asks the group for its parameter, and ZeRO-3 leaves the groups empty between steps.
+        kept, group["params"] = group["params"], [master]
+        try:
+            optimizer.init_state(group, master, 0, 0)
+        finally:
+            group["params"] = kept
         return
     on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     # DeepSpeedCPUAdam counts in a plain int, torch in a tensor that its fused kernels want beside the weights.

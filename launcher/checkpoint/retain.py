@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from launcher.checkpoint.layout import Checkpoint, committed, steps
 from launcher.checkpoint.lease import Attempt, fence
-from launcher.checkpoint.manifest import newest_sound, read
-from launcher.errors import CheckpointError, SlipwayError
+from launcher.checkpoint.manifest import commit_of, newest_sound, read
+from launcher.errors import DamagedCheckpoint, SlipwayError
 from launcher.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -33,31 +33,39 @@ def retain(store: Store, keep: Keep, attempt: Attempt, trusted: Checkpoint | Non
     """Delete what is superseded; the checkpoints deleted are returned.
 
     Kept beside what `keep` says: the newest one, and the newest that is sound. That is `trusted`, which the caller has
-    just written, if it is the newest; otherwise it is looked for, every byte read, where something is to be deleted.
-    What crashes left goes too: whatever `attempt` or one before it staged and nobody committed.
+    just written; without it, it is looked for, every byte read, where something is to be deleted. What is newer than
+    `trusted` is damaged or an orphan's: it stays, and does not count. What crashes left goes too: whatever `attempt` or
+    one before it staged and nobody committed.
 
-    Call it on one rank, where this attempt has no save under way. What cannot be deleted is logged and stays; no run
-    ends for that.
+    Call it on one rank, where this attempt has no save under way. What cannot be deleted is logged and stays, and
+    nothing is deleted where something cannot be read; no run ends for that.
     """
-    there = committed(store)
-    kept = set(there[-max(keep.last, 1) :]) | set(_best(there, keep.best))
-    kept |= {checkpoint for checkpoint in there if keep.every and checkpoint.step % keep.every == 0}
-    superseded = [checkpoint for checkpoint in there if checkpoint not in kept]
-    if superseded and trusted != there[-1]:
-        sound, _ = newest_sound(store)
-        superseded = [checkpoint for checkpoint in superseded if checkpoint != sound]
-    gone = []
+    gone: list[Checkpoint] = []
     with _logged(store):
-        fence(store, attempt)
+        there = [checkpoint for checkpoint in committed(store) if trusted is None or checkpoint.step <= trusted.step]
+        superseded = _superseded(store, there, keep, trusted)
         for checkpoint in superseded:
             with _logged(checkpoint):
                 fence(store, attempt)
                 remove(checkpoint)
                 gone.append(checkpoint)
+        fence(store, attempt)
         for checkpoint in steps(store):
-            with _logged(checkpoint):
-                _sweep(checkpoint, attempt)
+            if trusted is None or checkpoint.step <= trusted.step:
+                with _logged(checkpoint):
+                    _sweep(checkpoint, attempt)
     return gone
+
+
+def _superseded(store: Store, there: list[Checkpoint], keep: Keep, trusted: Checkpoint | None) -> list[Checkpoint]:
+    """Raises CheckpointError where a manifest cannot be read just now."""
+    kept = set(there[-max(keep.last, 1) :]) | set(_best(there, keep.best))
+    kept |= {checkpoint for checkpoint in there if keep.every and checkpoint.step % keep.every == 0}
+    superseded = [checkpoint for checkpoint in there if checkpoint not in kept and checkpoint != trusted]
+    if superseded and trusted is None:
+        sound, _ = newest_sound(store)
+        superseded = [checkpoint for checkpoint in superseded if sound is not None and checkpoint != sound]
+    return superseded
 
 
 def remove(checkpoint: Checkpoint) -> None:
@@ -69,14 +77,9 @@ def remove(checkpoint: Checkpoint) -> None:
 def _sweep(checkpoint: Checkpoint, attempt: Attempt) -> None:
     """Delete what was staged for this step and is no part of a checkpoint. A later attempt's is left to it."""
     attempts = checkpoint.attempts()
-    committed_by = None
-    if checkpoint.is_committed():
-        try:
-            committed_by = read(checkpoint).attempt
-        except CheckpointError:
-            return  # damaged: what of it can be saved is not for us to judge
+    promised = commit_of(checkpoint)  # damaged or unreadable: what of it can be saved is not for us to judge
     for other in attempts:
-        if other <= attempt and str(other) != committed_by:
+        if other <= attempt and (promised is None or str(other) != promised.attempt):
             checkpoint.store.remove(checkpoint.staging(other))
     checkpoint.store.prune(checkpoint.folder)  # not more: a later attempt may have come to this step meanwhile
 
@@ -91,16 +94,22 @@ def _logged(place: Store | Checkpoint) -> Iterator[None]:
 
 
 def _best(checkpoints: list[Checkpoint], count: int) -> list[Checkpoint]:
-    if not count:
-        return []
-    scored = [(loss, checkpoint.step) for checkpoint in checkpoints if (loss := _eval_loss(checkpoint)) is not None]
-    best = {step for _, step in sorted(scored)[:count]}
-    return [checkpoint for checkpoint in checkpoints if checkpoint.step in best]
+    """Those of lowest evaluation loss. Of several that carry the loss of one evaluation, the first was measured."""
+    measured: dict[int, tuple[float, Checkpoint]] = {}
+    for checkpoint in checkpoints if count else []:
+        loss, step = _evaluation(checkpoint)
+        if loss is not None and step not in measured:
+            measured[step] = (loss, checkpoint)
+    ranked = sorted(measured.values(), key=lambda scored: (scored[0], scored[1].step))
+    return [checkpoint for _, checkpoint in ranked[:count]]
 
 
-def _eval_loss(checkpoint: Checkpoint) -> float | None:
+def _evaluation(checkpoint: Checkpoint) -> tuple[float | None, int]:
+    """The loss that a checkpoint carries, and the step at which it was measured."""
     try:
-        loss = read(checkpoint).progress.get("eval_loss")
-    except CheckpointError:
-        return None
-    return loss if isinstance(loss, int | float) and math.isfinite(loss) else None
+        progress = read(checkpoint).progress
+    except DamagedCheckpoint:
+        return None, checkpoint.step
+    loss, step = progress.get("eval_loss"), progress.get("eval_step")
+    usable = isinstance(loss, int | float) and math.isfinite(loss)
+    return loss if usable else None, step if isinstance(step, int) else checkpoint.step

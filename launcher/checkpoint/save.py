@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,11 +12,11 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from launcher.checkpoint.layout import MANIFEST, Checkpoint
 from launcher.checkpoint.lease import Attempt, fence
-from launcher.checkpoint.manifest import Commit, Manifest, ShardFile, verify
+from launcher.checkpoint.manifest import Commit, Manifest, ShardFile, commit_of, damaged, misplaced, verify
 from launcher.checkpoint.shards import FlatShard, optimizer_step, parameter_shapes, training_state
 from launcher.checkpoint.storage import ShardWriter
 from launcher.checkpoint.together import together
-from launcher.errors import CheckpointError, RunFolderError, SlipwayError
+from launcher.errors import CheckpointError, DamagedCheckpoint, RunFolderError, SlipwayError
 from launcher.plan.plan import Plan
 from launcher.store.store import Store
 
@@ -57,7 +58,7 @@ def describe(step: int, attempt: Attempt, engine: Any, progress: dict[str, objec
         world_size=dist.get_world_size(),
         optimizer_step=optimizer_step(engine),
         parameters=parameter_shapes(engine),
-        progress=progress,
+        progress=copy.deepcopy(progress),  # which goes on while this is written
         files={},
     )
 
@@ -87,8 +88,7 @@ def write(
         on_rank_0(lambda: _commit(checkpoint, attempt, described.model_copy(update={"files": files})))
     except SlipwayError:
         if rank == 0:
-            with contextlib.suppress(OSError):
-                store.remove(staging)
+            _discard(checkpoint, attempt)
         raise
     return checkpoint
 
@@ -99,21 +99,41 @@ def saving(described: Manifest) -> str:
 
 
 def is_sound(checkpoint: Checkpoint) -> bool:
-    """Whether it is committed and every byte of it is as it was written."""
+    """Whether it is committed and every byte of it is as it was written.
+
+    Raises CheckpointError where that cannot be found out just now.
+    """
     if not checkpoint.is_committed():
         return False
     try:
         verify(checkpoint)
-    except CheckpointError:
+    except DamagedCheckpoint:
         return False
     return True
+
+
+def _committed_by(checkpoint: Checkpoint, attempt: Attempt) -> bool:
+    """Whether the files that `attempt` staged are the checkpoint: then they are not to be touched."""
+    promised = commit_of(checkpoint)
+    return promised is not None and promised.attempt == str(attempt)
+
+
+def _discard(checkpoint: Checkpoint, attempt: Attempt) -> None:
+    """Delete what a save that failed has staged; in doubt it stays, for the next sweep."""
+    with contextlib.suppress(OSError, SlipwayError):
+        # A creation of COMMIT whose answer was lost has failed for us, and is there.
+        if not _committed_by(checkpoint, attempt):
+            checkpoint.store.remove(checkpoint.staging(attempt))
 
 
 def _open_staging(checkpoint: Checkpoint, attempt: Attempt) -> None:
     if not checkpoint.store.is_there():
         raise RunFolderError(f"{checkpoint.store} has vanished", hint="check that its disk is mounted")
     fence(checkpoint.store, attempt)
-    # Within an attempt one save is under way at a time, so whatever lies there is what a failure left.
+    # Within an attempt one save is under way at a time, so whatever lies there is what a failure left, or was damaged
+    # since: of a sound checkpoint nothing is written again.
+    if _committed_by(checkpoint, attempt):
+        checkpoint.store.remove(checkpoint.commit)
     checkpoint.store.remove(checkpoint.staging(attempt))
 
 
@@ -133,7 +153,10 @@ def _commit(checkpoint: Checkpoint, attempt: Attempt, manifest: Manifest) -> Non
     # it commits a sound checkpoint of the same trajectory, in files of its own.
     fence(store, attempt)
     for _ in range(2):
-        if store.create(checkpoint.commit, Commit.to(manifest)):
+        if store.create(checkpoint.commit, Commit.to(manifest)) or _committed_by(checkpoint, attempt):
+            if wrong := misplaced(checkpoint, manifest):  # a successor has swept it as an orphan's
+                store.remove(checkpoint.commit)
+                raise damaged(checkpoint, wrong)
             return
         if is_sound(checkpoint):  # another attempt has just committed this step
             store.remove(staging)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from queue import SimpleQueue
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.checkpoint.layout import Checkpoint
-from launcher.checkpoint.lease import Attempt
+from launcher.checkpoint.lease import Attempt, fence
 from launcher.checkpoint.manifest import Manifest
 from launcher.checkpoint.retain import Keep, retain
 from launcher.checkpoint.room import missing_room
@@ -64,7 +65,9 @@ class Saver:
         self.store, self.attempt, self.plan, self.engine = store, attempt, plan, engine
         self.keep = Keep(life.keep_last, life.keep_best, life.keep_every)
         self.alongside = alongside
-        self.group = dist.new_group(backend="gloo")
+        # A write may hang for hours (a network disk, a server) and then go on; where a wait has timed out once, the
+        # group is of no more use. A rank that is gone is noticed by its closed connection all the same.
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         self.without_room: str | None = None
         """Why the loop waits for the disk although the plan says `background`."""
         self.background = life.background_saves
@@ -152,7 +155,9 @@ class Saver:
         doing = saving(described)
         try:
             before()
-            together(doing, self.alongside, self.group)
+            first = dist.get_rank(self.group) == 0
+            together(doing, lambda: fence(self.store, self.attempt) if first else None, self.group)
+            self._send_alongside()
             checkpoint = write(self.store, shards, self.attempt, described, self.group)
         except Exception as error:
             failure = explained(doing, error)
@@ -163,6 +168,12 @@ class Saver:
         self._outcomes.put(Saved(described.step, time.perf_counter() - started, failure))
         if failure is None and dist.get_rank(self.group) == 0:
             self._retain(checkpoint)
+
+    def _send_alongside(self) -> None:
+        try:
+            self.alongside()
+        except (OSError, SlipwayError) as error:  # goes up with the next one
+            log.warning("metrics and logs stay behind: %s", error)
 
     def _retain(self, checkpoint: Checkpoint) -> None:
         try:

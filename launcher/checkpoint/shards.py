@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from launcher.checkpoint.moments import allocated, like_master, scales
+from launcher.checkpoint.moments import allocated, in_blocks, like_master
 from launcher.errors import CheckpointError
 
 MASTER = "master"
@@ -98,7 +98,11 @@ class _Fragment:
 
 def trainable_parameters(engine: Any) -> dict[str, Any]:
     """The parameters a checkpoint holds, by the model's own names. Under ZeRO-3 they may be empty at this moment."""
-    return {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    return {
+        name: parameter
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad and getattr(parameter, "ds_numel", parameter.numel())
+    }
 
 
 def parameter_shapes(engine: Any) -> dict[str, tuple[int, ...]]:
@@ -121,11 +125,11 @@ def training_state(engine: Any) -> dict[str, FlatShard]:
             shards[f"{kind}.{fragment.name}"] = FlatShard(
                 held, fragment.start, fragment.full_numel, fragment.replicated
             )
-    # Scales belong to blocks of a rank's own masters, so they are named by rank; at stage 0 all have the same.
+    # Blocks of a rank's own masters are named by rank; at stage 0 all have the same.
     replicated = engine.zero_optimization_stage() == 0
     owner = "all" if replicated else f"rank{dist.get_rank():05d}"
     for index, master in enumerate(masters):
-        for kind, tensor in scales(states[master]).items():
+        for kind, tensor in in_blocks(states[master]).items():
             shards[f"{kind}.{owner}.{index}"] = FlatShard(tensor, 0, tensor.numel(), replicated)
     return shards
 

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launcher.checkpoint.lease import current
@@ -31,6 +31,7 @@ from launcher.train.verdict import FILE as VERDICT_FILE
 from launcher.train.verdict import STOP_FILE, Verdict, request_stop
 
 MODEL = "model"
+MIRROR_EVERY_S = 10.0
 
 
 def check(location: str) -> None:
@@ -102,6 +103,20 @@ def _is_spool_of(run_dir: Path, plan: Plan) -> bool:
     with contextlib.suppress(OSError, ValueError):
         return Plan.load(run_dir / "plan.json").trajectory.hash() == plan.trajectory.hash()
     return False
+
+
+def bring_metrics(plan: Plan) -> None:
+    """On the first rank's node, before it goes on writing: take the store's metrics where they go further.
+
+    Raises OSError, and RunFolderError where the store cannot be opened.
+    """
+    store, local = open_store(plan.location), Path(plan.run_dir) / METRICS_FILE
+    try:
+        content = store.read(METRICS_FILE)
+    except FileNotFoundError:
+        return
+    if not _is_newer(local, content):
+        replace_synced(local, content)
 
 
 def _is_newer(local: Path, remote: bytes) -> bool:
@@ -179,7 +194,7 @@ def ask_to_stop(plan: Plan, reason: str) -> bool:
         with contextlib.suppress(OSError, SlipwayError):
             open_store(plan.location).write(STOP_FILE, reason.encode() + b"\n")
 
-    # Not in the signal's handler: a server that does not answer would hold up the driver.
+    # Beside: a server that does not answer would hold up the driver.
     threading.Thread(target=send, name="ask-to-stop", daemon=True).start()
     return True
 
@@ -192,6 +207,31 @@ def has_begun(plan: Plan, launch: int) -> bool:
         latest = current(open_store(plan.location))
         return latest is not None and latest.launch == launch and latest.start > 0
     return True  # in doubt there is something to save
+
+
+@contextlib.contextmanager
+def mirrored_metrics(plan: Plan, launch: int) -> Iterator[None]:
+    """Within the block: where the first rank runs on another node, have its metrics in the spool here as they go up."""
+    ended = threading.Event()
+    if is_url(plan.location):
+        threading.Thread(target=_mirror, args=(plan, launch, ended), name="mirror-metrics", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def _mirror(plan: Plan, launch: int, ended: threading.Event) -> None:
+    local, elsewhere = Path(plan.run_dir) / METRICS_FILE, False
+    while not ended.wait(MIRROR_EVERY_S):
+        with contextlib.suppress(OSError, SlipwayError):
+            here = local.read_bytes() if local.exists() else b""
+            if not elsewhere and _last_attempt(here)[:1] == [launch]:
+                return  # the first rank writes it, on this node
+            content = open_store(plan.location).read(METRICS_FILE)
+            if _last_attempt(content)[:1] == [launch] and not ended.is_set():
+                elsewhere = True
+                replace_synced(local, content)
 
 
 def found_verdict(plan: Plan, launch: int) -> Verdict | None:

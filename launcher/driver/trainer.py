@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import signal
 import tempfile
 import threading
@@ -28,8 +27,6 @@ from launcher.store.location import open_store
 from launcher.train.metrics import FILE as METRICS_FILE
 from launcher.train.metrics import read
 from launcher.train.verdict import Verdict, forget
-
-log = logging.getLogger(__name__)
 
 Listener = Callable[[dict[str, Any]], None]
 """Called with every new line of metrics.jsonl, and with {"kind": "stopping"} when a stop has been asked for."""
@@ -55,7 +52,7 @@ def fit(plan: Plan, launch: int, listener: Listener) -> Verdict:
     lines, stopping = follow(run_dir / METRICS_FILE), Stopping(plan, launch, listener)
     with tempfile.TemporaryDirectory(prefix="slipway-ray-", ignore_cleanup_errors=True) as scratch:
         training = Training(build_trainer(plan, launch, scratch))
-        with handled(stopping.on_signal):
+        with handled(stopping.on_signal), remote.mirrored_metrics(plan, launch):
             training.start()
             while training.is_alive():
                 training.join(POLL_S)
@@ -112,7 +109,7 @@ class Stopping:
 
     def heard(self, record: dict[str, Any]) -> None:
         """Pass a line of metrics.jsonl on, unless workers of another launch wrote it that have not ended yet."""
-        if record.get("attempt", "").partition(".")[0] != str(self.launch):
+        if str(record.get("attempt")).partition(".")[0] != str(self.launch):
             return
         self.begun = self.begun or record["kind"] == "start"
         if record["kind"] in ("start", "checkpoint"):
@@ -199,7 +196,9 @@ def follow(path: Path) -> Iterator[list[dict[str, Any]]]:
             *whole, rest = rest.split(b"\n")
             for line in whole:
                 with contextlib.suppress(json.JSONDecodeError):
-                    records.append(json.loads(line))
+                    record = json.loads(line)
+                    if isinstance(record, dict):  # and no half of a torn line
+                        records.append(record)
         yield records
 
 

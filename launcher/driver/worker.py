@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from launcher.checkpoint.lease import current
-from launcher.driver.remote import found_verdict
+from launcher.driver.remote import bring_metrics, found_verdict
 from launcher.errors import SlipwayError, Superseded
 from launcher.plan.plan import Plan
 from launcher.store.durable import write_all
@@ -63,6 +63,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     redirect_output(Path(plan.run_dir) / "logs" / f"worker-{rank}.log")
     with recording(plan, launch, rank):
         bring_files(plan)
+        if rank == 0 and is_url(plan.location):
+            bring_metrics(plan)
         # Rank 0 looks for all: on a network disk another node may not see a new file yet, and a rank that goes on where
         # the others end waits for them half an hour.
         verdict = found_verdict(plan, launch) if rank == 0 else None

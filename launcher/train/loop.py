@@ -94,10 +94,11 @@ def train(parts: Parts, progress: Progress) -> Verdict:
 
 def stop(parts: Parts, progress: Progress, resumed_at: int) -> Verdict:
     """Save what has been done, as soon as can be."""
-    if progress.step > resumed_at and (unsaved := save_last(parts, progress, patience_s=0.0)):
-        return unsaved
     parts.saver.join()
     report_saves(parts)
+    done = progress.step == resumed_at or parts.saver.newest == progress.step
+    if not agreed(done, parts.device) and (unsaved := save_last(parts, progress, patience_s=0.0)):
+        return unsaved
     return Verdict("stopped", progress.step, f"stopped and saved at step {progress.step}")
 
 
@@ -242,7 +243,7 @@ def measure(parts: Parts, progress: Progress) -> bool:
         )
     if found is None:
         return False
-    progress.eval_loss, accuracy = found
+    (progress.eval_loss, accuracy), progress.eval_step = found, progress.step
     parts.log.write("eval", step=progress.step, loss=progress.eval_loss, accuracy=accuracy)
     return True
 

@@ -31,6 +31,8 @@ class Progress:
     """Seconds in the loop, over all attempts."""
     eval_loss: float | None = None
     """Of the latest evaluation."""
+    eval_step: int | None = None
+    """When that was."""
     exact_match_before: float | None = None
 
     def as_dict(self) -> dict[str, Any]:

@@ -211,10 +211,12 @@ def main(plan_file: str) -> int:
 def train_alone(plan: Plan) -> int:
     """Train without a driver: hold the lease, heed signals, write the verdict; the exit code. Collective."""
     try:
+        use_device(plan)  # before the first collective: NCCL refuses two ranks on one GPU
         with StopSignal() as signal, lease(plan) as launch:
             verdict = replace(train_run(plan, launch, lambda: signal.received is not None), launch=launch)
             if dist.get_rank() == 0:
-                verdict.save(Path(plan.run_dir))
+                with contextlib.suppress(OSError):  # a disk that takes nothing; the exit code tells as well
+                    verdict.save(Path(plan.run_dir))
                 sys.stderr.write(verdict.message + "\n")
     except SlipwayError as error:
         sys.stderr.write(f"error: {error.message}\n" + (f"hint: {error.hint}\n" if error.hint else ""))

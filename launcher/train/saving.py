@@ -6,7 +6,7 @@ import time
 
 import torch.distributed as dist
 
-from launcher.errors import SlipwayError, Superseded
+from launcher.errors import CheckpointError, SlipwayError, Superseded
 from launcher.train.agreement import agreed
 from launcher.train.parts import Parts, Progress
 from launcher.train.verdict import Verdict
@@ -51,9 +51,11 @@ def save_last(parts: Parts, progress: Progress, patience_s: float) -> Verdict | 
             parts.saver.begin(progress.step, progress.as_dict())
             parts.saver.join()
         failure = report_saves(parts)
-        if failure is None:
+        # Equal on all ranks, unless one of them was cut off in the middle of it.
+        if not agreed(failure is not None, parts.device):
             return None
-        if isinstance(failure, Superseded):
+        failure = failure or CheckpointError("another rank could not write its part")
+        if agreed(isinstance(failure, Superseded), parts.device):
             raise failure
         # Rank 0's clock decides; a stop request of any rank ends the waiting.
         over = dist.get_rank() == 0 and time.monotonic() + AGAIN_S > deadline

@@ -1,8 +1,10 @@
-"""Real process groups for tests: gloo over the loopback, one process a rank, none left behind."""
+"""Real process groups for tests: gloo over the loopback, one process a rank, none left behind.
+
+The ranks are forked from a process that has everything imported: a group is there in two seconds instead of twenty.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import pickle
@@ -10,12 +12,17 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
+
 Result = TypeVar("Result")
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 class RankTraceback(Exception):
@@ -34,19 +41,19 @@ def run_group(world_size: int, function: Callable[..., Result], *args: Any, time
     Raises what the first failing rank raised, with that rank's traceback as its cause; TimeoutError after `timeout_s`;
     RuntimeError where a rank died without a word.
     """
-    spawn = multiprocessing.get_context("spawn")
+    forks = forking()
     ranks: list[Any] = []
     readers: list[Connection] = []
     deadline = time.monotonic() + timeout_s
     with tempfile.TemporaryDirectory() as folder:
         try:
             for rank in range(world_size):
-                reader, writer = spawn.Pipe(duplex=False)
-                process = spawn.Process(
-                    target=_rank, args=(rank, world_size, folder, writer, function, args), daemon=True
+                reader, writer = forks.Pipe(duplex=False)
+                environment = rank_environment(rank, world_size)
+                process = forks.Process(
+                    target=_rank, args=(rank, world_size, folder, writer, environment, function, args), daemon=True
                 )
-                with _environment(rank, world_size):
-                    process.start()
+                process.start()
                 writer.close()  # so that a rank that dies is seen as the end of its pipe
                 ranks.append(process)
                 readers.append(reader)
@@ -81,26 +88,39 @@ def _collect(readers: list[Connection], ranks: list[Any], deadline: float, timeo
     return [results[rank] for rank in range(len(readers))]
 
 
-@contextlib.contextmanager
-def _environment(rank: int, world_size: int) -> Iterator[None]:
-    """What a started process inherits: its rank, one thread, the loopback."""
-    wanted = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
-    wanted |= {"GLOO_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+def forking() -> Any:
+    """A context of `multiprocessing` whose processes begin with everything imported and one thread."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.distributed.preloaded"])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ONE_THREAD.items():
+            patch.setenv(name, value)
+        forkserver.ensure_running()
+    return context
+
+
+def rank_environment(rank: int, world_size: int) -> dict[str, str]:
+    """What a rank finds in its environment: this process's own, and its place on the loopback."""
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "GLOO_SOCKET_IFNAME": "lo"}
+    return dict(os.environ) | ONE_THREAD | place | {"HF_HUB_OFFLINE": "1"}
+
+
+def take_environment(environment: dict[str, str]) -> None:
+    """In a forked process: the environment of the test that started it, not of the one that began the forking."""
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def _rank(
-    rank: int, world_size: int, folder: str, writer: Connection, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    folder: str,
+    writer: Connection,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
+    take_environment(environment)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     import torch
     import torch.distributed as dist

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 from launcher.plan.plan import Plan
 from launcher.train.metrics import last_of_each_step, read
+from tests.distributed.group import forking, rank_environment, take_environment
 
-PRELOADED = ["launcher.train.run", "deepspeed", "peft", "transformers.models.llama.modeling_llama"]
 ENDS_WITHIN_S = 90.0
 """A life that is left alone has ended by then, and so has a rank whose neighbour was killed."""
 
 
-def rank_of(plan: Plan, rank: int, world_size: int, store_file: str, log_file: str, elsewhere: bool) -> None:
+def rank_of(plan: Plan, environment: dict[str, str], store_file: str, log_file: str, elsewhere: bool) -> None:
     """One rank of one life, in a process forked from one that has everything imported.
 
     `elsewhere`: the lease takes it for a process of another machine, whose end only a silent heartbeat can tell.
@@ -30,7 +24,8 @@ def rank_of(plan: Plan, rank: int, world_size: int, store_file: str, log_file: s
     log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    take_environment(environment)
+    rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     import torch
     import torch.distributed as dist
 
@@ -51,10 +46,13 @@ def rank_of(plan: Plan, rank: int, world_size: int, store_file: str, log_file: s
 class Forked:
     """The ranks of one life, forked: a second after this they train, instead of ten."""
 
-    def __init__(self, context: Any, plan: Plan, world_size: int, scratch: Path, elsewhere: bool) -> None:
+    def __init__(self, plan: Plan, world_size: int, scratch: Path, elsewhere: bool = False) -> None:
         self.log = scratch / "log"
-        arguments = (world_size, str(scratch / "store"), str(self.log), elsewhere)
-        self.ranks = [context.Process(target=rank_of, args=(plan, rank, *arguments)) for rank in range(world_size)]
+        rest = (str(scratch / "store"), str(self.log), elsewhere)
+        self.ranks = [
+            forking().Process(target=rank_of, args=(plan, rank_environment(rank, world_size), *rest))
+            for rank in range(world_size)
+        ]
         for rank in self.ranks:
             rank.start()
 
@@ -86,7 +84,9 @@ class Torchrun:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world_size)]
         command += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
         command += ["-m", "launcher.train.run", str(Path(plan.run_dir) / "plan.json")]
-        self.process = subprocess.Popen(command, stdout=self.log.open("ab"), stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(
+            command, stdout=self.log.open("ab"), stderr=subprocess.STDOUT, env=rank_environment(0, world_size)
+        )
 
     @property
     def pids(self) -> list[int]:
@@ -98,20 +98,6 @@ class Torchrun:
 
     def end(self, kill: bool) -> list[int]:
         return [self.process.wait(ENDS_WITHIN_S)]
-
-
-@contextmanager
-def forks() -> Iterator[Any]:
-    """A context of `multiprocessing` whose processes are forked from one that has everything imported."""
-    from multiprocessing import forkserver
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("OMP_NUM_THREADS", "1"), ("GLOO_SOCKET_IFNAME", "lo"), ("HF_HUB_OFFLINE", "1")):
-            patch.setenv(name, value)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, *PRELOADED])
-        yield context
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
 def losses(plan: Plan) -> list[float]:

@@ -24,7 +24,7 @@ from launcher.checkpoint.manifest import verify
 from launcher.plan.plan import Plan
 from launcher.store.folder import FolderStore
 from launcher.train.verdict import Verdict
-from tests.distributed.lives import Forked, Torchrun, forks, losses, starts
+from tests.distributed.lives import Forked, Torchrun, losses, starts
 from tests.distributed.runs import open_alone, tiny_run, variant
 
 pytestmark = pytest.mark.distributed
@@ -38,8 +38,8 @@ TOLERANCE = 1e-5
 class Fuzz:
     """Lives of one run after another, each killed at a random moment, and what is found after each."""
 
-    def __init__(self, context: Any, plan: Plan, root: Path) -> None:
-        self.context, self.plan, self.root = context, plan, root
+    def __init__(self, plan: Plan, root: Path) -> None:
+        self.plan, self.root = plan, root
         self.draw = random.Random(int(os.environ.get("SLIPWAY_SEED", "1")))
         self.runs = 0
         self.lives = 0
@@ -71,7 +71,7 @@ class Fuzz:
         if torchrun:
             plan.save(Path(plan.run_dir) / "plan.json")
             return Torchrun(plan, world_size, scratch)
-        return Forked(self.context, plan, world_size, scratch, elsewhere)
+        return Forked(plan, world_size, scratch, elsewhere)
 
     def kill_once(self, torchrun: bool = False) -> None:
         """One life: from the newest checkpoint, to a SIGKILL or to the run's end; then everything is looked at."""
@@ -140,10 +140,9 @@ class Fuzz:
 def fuzz(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzz]:
     root = tmp_path_factory.mktemp("fuzz")
     changes = {"max_steps": STEPS, "total_steps": STEPS, "checkpoint_every_steps": EVERY, "eval_every_steps": 25}
-    with forks() as context:
-        fuzz = Fuzz(context, variant(tiny_run(root), "none", **changes, keep_last=3), root)
-        fuzz.expected = fuzz.reference()
-        yield fuzz
+    fuzz = Fuzz(variant(tiny_run(root), "none", **changes, keep_last=3), root)
+    fuzz.expected = fuzz.reference()
+    yield fuzz
     print(dict(fuzz.counts), f"worst error of a loss {fuzz.worst:.1e}")
 
 
@@ -190,9 +189,9 @@ def test_a_healed_partition_damages_nothing(fuzz: Fuzz) -> None:
 
 @pytest.mark.long
 def test_many_kills(fuzz: Fuzz) -> None:
-    for _ in range(int(os.environ.get("SLIPWAY_KILLS", "200"))):
+    wanted = fuzz.counts["kills"] + int(os.environ.get("SLIPWAY_KILLS", "200"))
+    while fuzz.counts["kills"] < wanted:
         fuzz.kill_once()
-    print(dict(fuzz.counts))
 
 
 @pytest.mark.long

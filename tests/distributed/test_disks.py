@@ -16,19 +16,13 @@ from launcher.plan.plan import Plan
 from launcher.store.folder import FolderStore
 from launcher.train.metrics import read
 from launcher.train.verdict import Verdict
-from tests.distributed.lives import Forked, forks, losses
+from tests.distributed.lives import Forked, losses
 from tests.distributed.runs import open_alone, tiny_run, variant
 
 pytestmark = pytest.mark.distributed
 
 STEPS, EVERY = 400, 20
 DISK_BYTES = 16 * 2**20
-
-
-@pytest.fixture(scope="module")
-def context() -> Iterator[Any]:
-    with forks() as context:
-        yield context
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +47,13 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def running(context: Any, plan: Plan, disk: Path, tmp_path: Path) -> Iterator[tuple[Plan, Forked]]:
+def running(plan: Plan, disk: Path, tmp_path: Path) -> Iterator[tuple[Plan, Forked]]:
     """The run on the disk, two ranks at ZeRO 3, past its first checkpoints."""
     run_dir = disk / "runs" / "first"
     run_dir.parent.mkdir()
     plan = plan.model_copy(update={"run_dir": str(run_dir), "location": str(run_dir)})
     open_alone(plan)
-    life = Forked(context, plan, 2, tmp_path, elsewhere=False)
+    life = Forked(plan, 2, tmp_path)
     try:
         wait_until(life, lambda: len(committed(FolderStore(run_dir))) >= 2)
         yield plan, life
@@ -89,8 +83,8 @@ def check_end(plan: Plan, life: Forked) -> None:
     assert len(losses(plan)) == STEPS
 
 
-def test_full(context: Any, plan: Plan, disk: Path, tmp_path: Path) -> None:
-    with running(context, plan, disk, tmp_path) as (plan, life):
+def test_full(plan: Plan, disk: Path, tmp_path: Path) -> None:
+    with running(plan, disk, tmp_path) as (plan, life):
         with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as filler:
             while filler.write(bytes(2**16)):
                 pass
@@ -104,8 +98,8 @@ def test_full(context: Any, plan: Plan, disk: Path, tmp_path: Path) -> None:
         assert failed["newest"] == before[-1].step
 
 
-def test_read_only(context: Any, plan: Plan, disk: Path, tmp_path: Path) -> None:
-    with running(context, plan, disk, tmp_path) as (plan, life):
+def test_read_only(plan: Plan, disk: Path, tmp_path: Path) -> None:
+    with running(plan, disk, tmp_path) as (plan, life):
         freeze(disk)
         wait_until(life, lambda: "is not saved" in life.log.read_text())
         subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
@@ -119,8 +113,8 @@ def freeze(disk: Path) -> None:
         pass
 
 
-def test_vanished(context: Any, plan: Plan, disk: Path, tmp_path: Path) -> None:
-    with running(context, plan, disk, tmp_path) as (plan, life):
+def test_vanished(plan: Plan, disk: Path, tmp_path: Path) -> None:
+    with running(plan, disk, tmp_path) as (plan, life):
         aside = tmp_path / "aside"
         aside.mkdir()
         subprocess.run(["mount", "--bind", disk, aside], check=True)

@@ -93,12 +93,12 @@ def test_the_newest_sound_one_stays(store: Store) -> None:
     assert newest_sound(store)[0] == Checkpoint(store, 3)
 
 
-def test_the_newest_sound_one_stays_though_an_older_one_is_trusted(store: Store) -> None:
+def test_what_is_newer_than_the_trusted_one_stays_beside_it(store: Store) -> None:
     """As where a run has gone back to an older checkpoint, and saves one that is not the newest."""
     write(store, 1, 2, 3, 4)
     damage(store, 4)
     retain(store, Keep(last=1), FIRST, trusted=Checkpoint(store, 2))
-    assert steps(store) == [3, 4]
+    assert steps(store) == [2, 3, 4]
     assert newest_sound(store)[0] == Checkpoint(store, 3)
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from launcher.checkpoint.lease import acquire
 from launcher.driver.failures import recorded_failures
-from launcher.driver.remote import found_verdict
+from launcher.driver.remote import bring_metrics, found_verdict
 from launcher.driver.worker import (
     bring_files,
     keep_verdict,
@@ -367,3 +367,18 @@ def test_only_a_run_in_an_object_store_is_watched_for_stop_requests(plan: Plan, 
     for watched, expected in ((plan, 0), (remote[0], 1)):
         with stop_requests(watched):
             assert [thread.name for thread in threading.enumerate()].count("stop-request") == expected
+
+
+def test_metrics_go_on_from_the_store_where_it_knows_more(remote: tuple[Plan, Store]) -> None:
+    """The first rank may start again on another node, whose spool has an older file or none."""
+    plan, store = remote
+    local = Path(plan.run_dir) / "metrics.jsonl"
+    local.parent.mkdir(parents=True)
+    line = '{"kind": "step", "attempt": "%s", "step": %d}\n'
+    store.write("metrics.jsonl", (line % ("1.1", 1) + line % ("1.1", 2)).encode())
+    bring_metrics(plan)
+    assert local.read_bytes() == store.read("metrics.jsonl")
+    further = local.read_text() + line % ("1.2", 3)
+    local.write_text(further)
+    bring_metrics(plan)
+    assert local.read_text() == further, "what this node knows more is kept"
