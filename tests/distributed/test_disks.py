@@ -98,32 +98,40 @@ def test_full(plan: Plan, disk: Path, tmp_path: Path) -> None:
         assert failed["newest"] == before[-1].step
 
 
+@contextlib.contextmanager
+def taken_away(disk: Path, aside: Path) -> Iterator[None]:
+    """Within the block nothing is mounted where the disk was, or what the block mounts; then it is back."""
+    aside.mkdir()
+    mount("--bind", aside.with_name("disk"), aside)
+    subprocess.run(["umount", "-l", disk], check=True)
+    try:
+        yield
+        subprocess.run(["umount", "-l", disk], capture_output=True, check=False)
+        mount("--bind", aside, disk)
+    finally:
+        subprocess.run(["umount", "-l", aside], check=True)
+
+
+def mount(*arguments: object) -> None:
+    subprocess.run(["mount", *map(str, arguments)], check=True)
+
+
 def test_read_only(plan: Plan, disk: Path, tmp_path: Path) -> None:
     with running(plan, disk, tmp_path) as (plan, life):
-        freeze(disk)
-        wait_until(life, lambda: "is not saved" in life.log.read_text())
-        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+        # A mount with a file open for writing cannot be made read-only: the disk comes back as another one.
+        with taken_away(disk, tmp_path / "aside"):
+            mount("--bind", tmp_path / "aside", disk)
+            mount("-o", "remount,bind,ro", disk)
+            wait_until(life, lambda: "Read-only file system" in life.log.read_text())
+            wait_until(life, lambda: "is not saved" in life.log.read_text())
         check_end(plan, life)
-        assert "Read-only file system" in said(plan, "checkpoint_failed")[0]["message"]
-
-
-def freeze(disk: Path) -> None:
-    """Read-only from now on; a file open for writing at this moment makes the kernel refuse, so it is asked again."""
-    while subprocess.run(["mount", "-o", "remount,ro", disk], capture_output=True, check=False).returncode:
-        pass
+        assert any("Read-only file system" in failed["message"] for failed in said(plan, "checkpoint_failed"))
 
 
 def test_vanished(plan: Plan, disk: Path, tmp_path: Path) -> None:
     with running(plan, disk, tmp_path) as (plan, life):
-        aside = tmp_path / "aside"
-        aside.mkdir()
-        subprocess.run(["mount", "--bind", disk, aside], check=True)
-        subprocess.run(["umount", "-l", disk], check=True)
-        try:
+        with taken_away(disk, tmp_path / "aside"):
             wait_until(life, lambda: "is not saved" in life.log.read_text())
             assert list(disk.iterdir()) == [], "nothing is written where the disk was"
-            subprocess.run(["mount", "--bind", aside, disk], check=True)
-        finally:
-            subprocess.run(["umount", "-l", aside], check=True)
         check_end(plan, life)
         assert "vanished" in said(plan, "checkpoint_failed")[0]["message"]
