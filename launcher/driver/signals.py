@@ -75,12 +75,12 @@ def kept() -> Iterator[None]:
 @contextlib.contextmanager
 def ends_on_signals(message: str, hint: str | None = None) -> Iterator[None]:
     """Within the block either signal ends what is going on, as an error that is raised from here; a second one ends
-    the process at once.
+    the process at once. Blocks may be nested: the innermost has the message.
 
     Raises:
         Interrupted: with `message` and `hint`, exit code 130 or 143.
     """
-    owner, given_up = os.getpid(), threading.Event()
+    owner = os.getpid()
 
     def end(number: int, frame: FrameType | None) -> None:
         if os.getpid() != owner:  # a fork that prepares data has our handlers too
@@ -90,15 +90,13 @@ def ends_on_signals(message: str, hint: str | None = None) -> Iterator[None]:
             return
         for other in NUMBERS:
             signal.signal(other, signal.SIG_DFL)
-        threading.Thread(target=leave, args=(number,), name="unwind", daemon=True).start()
+        must_end_soon(number, message)
         for child in multiprocessing.active_children():  # else their pool waits for what they are at
             child.kill()
         raise _Signalled(number)
 
-    def leave(number: int) -> None:
-        if not given_up.wait(UNWIND_S):
-            os._exit(128 + number)
-
+    left = threading.Event()
+    _blocks.append(left)
     try:
         with handled(end):
             yield
@@ -108,7 +106,27 @@ def ends_on_signals(message: str, hint: str | None = None) -> Iterator[None]:
             raise
         raise Interrupted(message, hint, exit_code=128 + number) from None
     finally:
-        given_up.set()
+        left.set()
+        _blocks.remove(left)
+
+
+_blocks: list[threading.Event] = []
+"""Of each `ends_on_signals` that this process is in, the outermost first: set once it is left."""
+
+
+def must_end_soon(number: int, message: str) -> None:
+    """After a signal: leave the outermost `ends_on_signals` within UNWIND_S, or end the process without more ado.
+
+    Ray's end may hang, a pool may wait for a download of hours.
+    """
+
+    def leave(left: threading.Event) -> None:
+        if not left.wait(UNWIND_S):
+            os.write(2, f"{message}\n".encode())
+            os._exit(128 + number)
+
+    if _blocks:
+        threading.Thread(target=leave, args=(_blocks[0],), name="unwind", daemon=True).start()
 
 
 def _is_lost(frame: FrameType | None) -> bool:

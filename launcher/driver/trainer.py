@@ -20,7 +20,7 @@ from typing import Any
 from launcher.checkpoint.lease import current
 from launcher.driver import remote
 from launcher.driver.failures import collect, describe, recorded_failures, root_cause
-from launcher.driver.signals import handled
+from launcher.driver.signals import handled, must_end_soon
 from launcher.errors import Interrupted, RunFailed, SlipwayError, Superseded
 from launcher.plan.plan import Plan
 from launcher.store.location import open_store
@@ -147,6 +147,7 @@ class Stopping:
         return f"steps {since} are lost"
 
     def _interrupted(self, message: str, number: int) -> Interrupted:
+        must_end_soon(number, message)
         return Interrupted(message, hint=f"slipway resume {self.plan.location}", exit_code=128 + number)
 
 

@@ -16,6 +16,8 @@ from launcher.store.folder import FolderStore
 from tests.cluster.command import Command, losses, workers
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long]
+PHASES = ("launcher.model.ready", "gcs_server", "raylet", "ray::RayTrainWorker")
+"""Of what is below the launcher, in the order in which it appears."""
 
 
 def test_told_to_end_saves_and_the_same_command_goes_on(uninterrupted: tuple[Path, str, str], folder: Path) -> None:
@@ -83,9 +85,10 @@ def starts(word: str) -> Callable[[psutil.Process], bool]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-@pytest.mark.parametrize("phase", ["launcher.model.ready", "gcs_server", "raylet", "ray::RayTrainWorker"])
+@pytest.mark.parametrize("phase", PHASES)
 def test_before_the_first_step_it_ends_at_once(folder: Path, phase: str, number: signal.Signals) -> None:
-    run_dir = folder / f"early-{phase.strip('_:')}-{number.name}"
+    # No name of a phase in it: a fork has the launcher's command line until it is another program.
+    run_dir = folder / f"early-{PHASES.index(phase)}-{int(number)}"
     with Command(folder, "run", "tiny.yaml", "--run-dir", run_dir) as command:
         launcher, begun = psutil.Process(command.process.pid), starts(phase)
         while not begun(launcher):
