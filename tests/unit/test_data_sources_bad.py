@@ -204,7 +204,7 @@ def test_broken_compression_names_the_line(tmp_path: Path, suffix: str) -> None:
     ("name", "content", "said"),
     [
         ("a.jsonl", b"\xff\xfe{\0", "this is UTF-16"),
-        ("a.jsonl", gzip.compress(b"{}"), "this is gzip data"),
+        ("a.jsonl", gzip.compress(b"{}", mtime=0), "this is gzip data"),
         ("a.json", b"PAR1", "this is a Parquet file"),
         ("a.csv", b"version https://git-lfs.github.com/spec/v1\n", "this is a Git LFS pointer"),
         ("a.jsonl", b"<!DOCTYPE html>\n<html>", "this is a web page"),
