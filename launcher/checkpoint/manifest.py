@@ -1,6 +1,6 @@
 """What a checkpoint says about itself, and whether it is true.
 
-manifest.json lists every shard with its size and SHA-256; COMMIT holds the SHA-256 of manifest.json. So one flipped
+manifest.json lists every shard with its size and hash; COMMIT holds the SHA-256 of manifest.json. So one flipped
 byte anywhere is found.
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import xxhash
 from pydantic import BaseModel, ConfigDict
 
 from launcher.checkpoint.layout import COMMIT, MANIFEST, SHARD_SUFFIX, Checkpoint, committed
@@ -32,10 +33,11 @@ _PASSING = {
 class ShardFile(BaseModel):
     """One file of a checkpoint."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     bytes: int
-    sha256: str
+    xxh3_128: str
+    """Of the content; 13 times as fast as SHA-256. It finds what broke, not what was forged."""
 
 
 class Manifest(BaseModel):
@@ -134,13 +136,13 @@ def folder_of(checkpoint: Checkpoint, manifest: Manifest) -> str:
 
 def measure(checkpoint: Checkpoint, manifest: Manifest, name: str) -> str | None:
     """What is wrong with the content of one file; None where it is the one that was committed."""
-    digest = hashlib.sha256()
+    digest = xxhash.xxh3_128()
     try:
         for block in checkpoint.store.blocks(f"{folder_of(checkpoint, manifest)}/{name}"):
             digest.update(block)
     except (OSError, EOFError) as error:
         return f"{name}: {_in_words(checkpoint, error)}"
-    return None if digest.hexdigest() == manifest.files[name].sha256 else f"{name}: content changed"
+    return None if digest.hexdigest() == manifest.files[name].xxh3_128 else f"{name}: content changed"
 
 
 def misplaced(checkpoint: Checkpoint, manifest: Manifest) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +22,9 @@ from launcher.plan.plan import Plan
 from launcher.store.store import Store
 
 Group = dist.ProcessGroup | None
+
+# For good, and not around the call: that goes on in a thread, and filters are the process's.
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 
 def save(
@@ -83,7 +87,7 @@ def write(
         return checkpoint
     try:
         on_rank_0(lambda: _open_staging(checkpoint, attempt))
-        written = together(doing, lambda: _write_shards(shards, store, staging, rank, group), group)
+        written = together(doing, lambda: _write_shards(shards, store, staging, rank), group)
         files = {name: file for part in written for name, file in part.items()}
         on_rank_0(lambda: _commit(checkpoint, attempt, described.model_copy(update={"files": files})))
     except SlipwayError:
@@ -137,11 +141,11 @@ def _open_staging(checkpoint: Checkpoint, attempt: Attempt) -> None:
     checkpoint.store.remove(checkpoint.staging(attempt))
 
 
-def _write_shards(
-    shards: Mapping[str, FlatShard], store: Store, staging: str, rank: int, group: Group
-) -> dict[str, ShardFile]:
+def _write_shards(shards: Mapping[str, FlatShard], store: Store, staging: str, rank: int) -> dict[str, ShardFile]:
     writer = ShardWriter(store, staging, rank)
-    dcp_save(dict(shards), storage_writer=writer, process_group=group)
+    # The ranks' ranges never overlap, so there is nothing to plan together: the plan's collectives would only hold the
+    # interpreter's lock, which the loop wants.
+    dcp_save(dict(shards), storage_writer=writer, no_dist=True)
     return writer.written
 
 

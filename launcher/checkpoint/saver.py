@@ -157,7 +157,7 @@ class Saver:
             before()
             first = dist.get_rank(self.group) == 0
             together(doing, lambda: fence(self.store, self.attempt) if first else None, self.group)
-            self._send_alongside()
+            self.send_alongside()
             checkpoint = write(self.store, shards, self.attempt, described, self.group)
         except Exception as error:
             failure = explained(doing, error)
@@ -169,10 +169,11 @@ class Saver:
         if failure is None and dist.get_rank(self.group) == 0:
             self._retain(checkpoint)
 
-    def _send_alongside(self) -> None:
+    def send_alongside(self) -> None:
+        """Send up what goes with a checkpoint; what the store refuses goes with the next."""
         try:
             self.alongside()
-        except (OSError, SlipwayError) as error:  # goes up with the next one
+        except (OSError, SlipwayError) as error:
             log.warning("metrics and logs stay behind: %s", error)
 
     def _retain(self, checkpoint: Checkpoint) -> None:

@@ -8,7 +8,6 @@ learn what is in it; here each rank reads the heads of its share and the ranks t
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import xxhash
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -79,13 +79,13 @@ class ShardWriter(StorageWriter):
         """Write and hash the file. Raises OSError."""
         results: Future[list[WriteResult]] = Future()
         if plan.items:
-            digest, size = hashlib.sha256(), 0
+            digest, size = xxhash.xxh3_128(), 0
             with self.store.writing(f"{self.folder}/{self.name}") as write:
                 for content in _contents(plan, planner):
                     write(content)
                     digest.update(content)
                     size += len(content)
-            self.written = {self.name: ShardFile(bytes=size, sha256=digest.hexdigest())}
+            self.written = {self.name: ShardFile(bytes=size, xxh3_128=digest.hexdigest())}
         results.set_result([WriteResult(item.index, _num_bytes(item), None) for item in plan.items])
         return results
 
