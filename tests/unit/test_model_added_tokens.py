@@ -138,7 +138,7 @@ def test_making_a_model_ready_says_what_is_not_added(tmp_path: Path) -> None:
     model(LLAMA, vocab_size=12).save_pretrained(base)
     asked = model_plan(base, add_tokens=("<old>",))
     folder = prepared(asked, tmp_path / "tokenizer")
-    said = make_ready(Request(model=asked, tokenizer_folder=folder, seed=0, packing=True))
+    said = make_ready(Request(model=asked, tokenizer_folder=folder, seed=0, packing=True, stamps=None)).notes
     assert said == notes(asked, folder)
     assert "'<old>'" in said[0]
 

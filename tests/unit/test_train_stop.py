@@ -27,12 +27,13 @@ WAIT_S = 30.0
 SIGNALLED = """
 import signal, sys
 from launcher.train.stop import StopSignal
+before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]  # a shell may have them ignored
 with StopSignal(told_twice_s=float(sys.argv[1])) as stop:
     for line in sys.stdin:
         if line == "end\\n":
             break
         print(stop.received, flush=True)
-print(signal.getsignal(signal.SIGINT) is signal.default_int_handler, signal.getsignal(signal.SIGTERM), flush=True)
+print([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before, flush=True)
 """
 
 
@@ -75,7 +76,7 @@ def test_the_first_signal_is_kept_and_told_twice_is_one_notice() -> None:
             one.process.send_signal(number)
             assert one.received() == str(int(signal.SIGTERM))
         out, _ = one.process.communicate("end\n", timeout=WAIT_S)
-        assert out == f"True {signal.SIG_DFL}\n", "the handlers are the old ones again"
+        assert out == "True\n", "the handlers are the old ones again"
         assert one.process.returncode == 0
 
 
