@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from launcher.checkpoint.layout import MANIFEST, Checkpoint
@@ -145,7 +146,10 @@ def _write_shards(shards: Mapping[str, FlatShard], store: Store, staging: str, r
     writer = ShardWriter(store, staging, rank)
     # The ranks' ranges never overlap, so there is nothing to plan together: the plan's collectives would only hold the
     # interpreter's lock, which the loop wants.
-    dcp_save(dict(shards), storage_writer=writer, no_dist=True)
+    try:
+        dcp_save(dict(shards), storage_writer=writer, no_dist=True)
+    except CheckpointException as error:
+        raise error.failures[0][0] from None  # of this rank, which DCP takes for the only one
     return writer.written
 
 

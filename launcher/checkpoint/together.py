@@ -25,8 +25,11 @@ def together(doing: str, action: Callable[[], Result], group: dist.ProcessGroup 
     """
     try:
         mine: tuple[SlipwayError | None, Result | None] = (None, action())
-    except (Exception, CheckpointException) as error:  # DCP's own is a BaseException
+    except CheckpointException as error:  # DCP's own, a BaseException, names its rank itself
         mine = (explained(doing, error), None)
+    except Exception as error:
+        alone = not dist.is_initialized() or dist.get_world_size(group) == 1
+        mine = (explained(doing if alone else f"{doing} (rank {dist.get_rank(group)})", error), None)
     everyone: list[tuple[SlipwayError | None, Result | None]] = [mine]
     if dist.is_initialized():
         everyone = [mine] * dist.get_world_size(group)
