@@ -84,9 +84,10 @@ class Torchrun:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world_size)]
         command += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
         command += ["-m", "launcher.train.run", str(Path(plan.run_dir) / "plan.json")]
-        self.process = subprocess.Popen(
-            command, stdout=self.log.open("ab"), stderr=subprocess.STDOUT, env=rank_environment(0, world_size)
-        )
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=rank_environment(0, world_size)
+            )
 
     @property
     def pids(self) -> list[int]:
