@@ -199,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         job |= {key: said[key] for key in ("warmup", "rounds", "steps", "stretches", "stretch", "every", "loads")}
         found["saves"] = measure(plan, job, scratch, "saves")
         found["elsewhere"] = elsewhere(plan, found["saves"]["left"], chosen.loads, scratch)
-    found.pop("left", None)  # folders of this machine, deleted by now
+    found["saves"].pop("left")  # folders of this machine, deleted by now
     publish(found, page(found), chosen.out, f"checkpoint-{plan.layout.device}")
 
 
