@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launcher.checkpoint.layout import Checkpoint
 from launcher.checkpoint.lease import Attempt, fence
 from launcher.checkpoint.manifest import Manifest
 from launcher.checkpoint.retain import Keep, retain
@@ -167,7 +166,7 @@ class Saver:
         self.superseded |= isinstance(failure, Superseded)
         self._outcomes.put(Saved(described.step, time.perf_counter() - started, failure))
         if failure is None and dist.get_rank(self.group) == 0:
-            self._retain(checkpoint)
+            retain(self.store, self.keep, self.attempt, trusted=checkpoint)
 
     def send_alongside(self) -> None:
         """Send up what goes with a checkpoint; what the store refuses goes with the next."""
@@ -175,12 +174,6 @@ class Saver:
             self.alongside()
         except (OSError, SlipwayError) as error:
             log.warning("metrics and logs stay behind: %s", error)
-
-    def _retain(self, checkpoint: Checkpoint) -> None:
-        try:
-            retain(self.store, self.keep, self.attempt, trusted=checkpoint)
-        except (OSError, SlipwayError) as error:
-            log.warning("old checkpoints stay: %s", error)
 
 
 class _Copies:

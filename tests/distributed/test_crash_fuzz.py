@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from launcher.checkpoint.layout import Checkpoint, committed, newest_committed, steps
+from launcher.checkpoint.lease import current
 from launcher.checkpoint.manifest import verify
 from launcher.plan.plan import Plan
 from launcher.store.folder import FolderStore
@@ -120,8 +121,10 @@ class Fuzz:
 
     @staticmethod
     def saving(store: FolderStore) -> bool:
-        """Whether a step is staged and not committed."""
-        return any(checkpoint.attempts() and not checkpoint.is_committed() for checkpoint in steps(store)[-2:])
+        """Whether the life that began last has staged a step and not committed it; what an earlier one left does not
+        count."""
+        attempt = current(store)
+        return any(attempt in checkpoint.attempts() and not checkpoint.is_committed() for checkpoint in steps(store))
 
     def look(self, store: FolderStore, promised: Checkpoint | None) -> None:
         """Everything committed is whole, nothing that was is gone, and the losses are the uninterrupted run's."""

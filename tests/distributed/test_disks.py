@@ -16,6 +16,7 @@ from launcher.plan.plan import Plan
 from launcher.store.folder import FolderStore
 from launcher.train.metrics import read
 from launcher.train.verdict import Verdict
+from tests.disks import fill, mounted
 from tests.distributed.lives import Forked, losses
 from tests.distributed.runs import open_alone, tiny_run, variant
 
@@ -35,15 +36,8 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A small file system of its own."""
-    where = tmp_path / "disk"
-    where.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", where], check=False).returncode:
-        pytest.skip("no file system can be mounted here")
-    try:
+    with mounted(tmp_path / "disk", f"{DISK_BYTES}") as where:
         yield where
-    finally:
-        while subprocess.run(["umount", "-l", where], capture_output=True, check=False).returncode == 0:
-            pass
 
 
 @contextlib.contextmanager
@@ -85,13 +79,11 @@ def check_end(plan: Plan, life: Forked) -> None:
 
 def test_full(plan: Plan, disk: Path, tmp_path: Path) -> None:
     with running(plan, disk, tmp_path) as (plan, life):
-        with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as filler:
-            while filler.write(bytes(2**16)):
-                pass
+        filler = fill(disk)
         wait_until(life, lambda: "is not saved" in life.log.read_text())
         before = committed(FolderStore(Path(plan.run_dir)))
         assert before
-        (disk / "filler").unlink()
+        filler.unlink()
         check_end(plan, life)
         (failed, *_) = said(plan, "checkpoint_failed")
         assert "No space left on device" in failed["message"]

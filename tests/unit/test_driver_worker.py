@@ -32,6 +32,7 @@ from launcher.store.folder import FolderStore
 from launcher.store.location import open_store
 from launcher.store.store import Store
 from launcher.train.verdict import FILE, Verdict
+from tests.disks import fill, mounted
 from tests.distributed.tiny import tiny_plan
 
 FINISHED = Verdict("finished", 8, "finished 8 steps", launch=1)
@@ -73,24 +74,9 @@ def held(plan: Plan) -> Iterator[Plan]:
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 1 MiB with a run's folder in it."""
-    disk = tmp_path / "small"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a file system")
-    try:
+    with mounted(tmp_path / "small", "1m") as disk:
         (disk / "run" / "logs").mkdir(parents=True)
         yield disk
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
-def fill(disk: Path) -> Path:
-    """Take all space that is left; the file that has it."""
-    filler = disk / "filler"
-    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(b"0" * 4096)
-    return filler
 
 
 @contextlib.contextmanager

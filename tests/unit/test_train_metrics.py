@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -15,6 +14,7 @@ import pytest
 
 from launcher.train import metrics
 from launcher.train.metrics import FILE, MetricsLog, last_of_each_step, read
+from tests.disks import fill, mounted
 
 
 def write_steps(run_dir: Path, steps: range, attempt: str) -> None:
@@ -127,24 +127,9 @@ def test_lines_without_an_attempt_and_what_is_no_line_of_ours(tmp_path: Path) ->
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 1 MiB with a run's folder in it."""
-    disk = tmp_path / "small"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a file system")
-    try:
+    with mounted(tmp_path / "small", "1m") as disk:
         (disk / "run").mkdir()
         yield disk
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
-def fill(disk: Path) -> Path:
-    """Take all space that is left; the file that has it."""
-    filler = disk / "filler"
-    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(b"0" * 4096)
-    return filler
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
