@@ -16,10 +16,13 @@ ENDS_WITHIN_S = 90.0
 """A life that is left alone has ended by then, and so has a rank whose neighbour was killed."""
 
 
-def rank_of(plan: Plan, environment: dict[str, str], store_file: str, log_file: str, elsewhere: bool) -> None:
+def rank_of(
+    plan: Plan, environment: dict[str, str], store_file: str, log_file: str, elsewhere: bool, dead_after_s: float
+) -> None:
     """One rank of one life, in a process forked from one that has everything imported.
 
     `elsewhere`: the lease takes it for a process of another machine, whose end only a silent heartbeat can tell.
+    `dead_after_s`: how long a silence it takes for one.
     """
     log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -32,7 +35,7 @@ def rank_of(plan: Plan, environment: dict[str, str], store_file: str, log_file: 
     from launcher.checkpoint import lease
     from launcher.train.run import train_alone
 
-    lease.HEARTBEAT_S, lease.DEAD_AFTER_S = 0.1, 1.0
+    lease.HEARTBEAT_S, lease.DEAD_AFTER_S = 0.1, dead_after_s
     if elsewhere:
         lease._machine = lambda: "another machine"
     torch.set_num_threads(1)
@@ -46,9 +49,11 @@ def rank_of(plan: Plan, environment: dict[str, str], store_file: str, log_file: 
 class Forked:
     """The ranks of one life, forked: a second after this they train, instead of ten."""
 
-    def __init__(self, plan: Plan, world_size: int, scratch: Path, elsewhere: bool = False) -> None:
+    def __init__(
+        self, plan: Plan, world_size: int, scratch: Path, elsewhere: bool = False, dead_after_s: float = 1.0
+    ) -> None:
         self.log = scratch / "log"
-        rest = (str(scratch / "store"), str(self.log), elsewhere)
+        rest = (str(scratch / "store"), str(self.log), elsewhere, dead_after_s)
         self.ranks = [
             forking().Process(target=rank_of, args=(plan, rank_environment(rank, world_size), *rest))
             for rank in range(world_size)

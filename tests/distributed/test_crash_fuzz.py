@@ -62,7 +62,7 @@ class Fuzz:
         self.runs += 1
         open_alone(self.run)
 
-    def start(self, plan: Plan, layout: tuple[int, int], torchrun: bool = False, elsewhere: bool = False) -> Any:
+    def start(self, plan: Plan, layout: tuple[int, int], torchrun: bool = False, **lease: Any) -> Any:
         self.lives += 1
         scratch = self.root / f"life-{self.lives}"
         scratch.mkdir()
@@ -72,7 +72,7 @@ class Fuzz:
         if torchrun:
             plan.save(Path(plan.run_dir) / "plan.json")
             return Torchrun(plan, world_size, scratch)
-        return Forked(plan, world_size, scratch, elsewhere)
+        return Forked(plan, world_size, scratch, **lease)
 
     def kill_once(self, torchrun: bool = False) -> None:
         """One life: from the newest checkpoint, to a SIGKILL or to the run's end; then everything is looked at."""
@@ -164,7 +164,7 @@ def test_a_healed_partition_damages_nothing(fuzz: Fuzz) -> None:
         assert orphan.running()
     for pid in orphan.pids:
         os.kill(pid, signal.SIGSTOP)
-    refused = fuzz.start(plan, (1, 0))
+    refused = fuzz.start(plan, (1, 0), dead_after_s=60.0)
     assert refused.end(kill=False) == [2]
     assert "in use by a launcher on" in refused.log.read_text()
     heartbeat = Path(plan.run_dir) / "lease" / "00000001.beat"
