@@ -1,8 +1,8 @@
 """Compile every op at the shapes of 1B to 70B models for GPUs that are not here, and print what came out.
 
-    python kernels/bench/compile.py                        everything (minutes); exit 1 where a kernel spills
-    python kernels/bench/compile.py --sample               the smallest shapes, sm_90 only
-    python kernels/bench/compile.py norm rope --markdown   a table of two ops
+python kernels/bench/compile.py                        everything (minutes); exit 1 where a kernel spills
+python kernels/bench/compile.py --sample               the smallest shapes, sm_90 only
+python kernels/bench/compile.py norm rope --markdown   a table of two ops
 """
 
 from __future__ import annotations

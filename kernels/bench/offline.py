@@ -127,7 +127,10 @@ def _compile(case: Case, launch: Launch, target: str, gpu: GPUTarget) -> Report:
     name = launch.kernel.__name__
     if target.startswith("gfx"):
         assembly = code.asm["amdgcn"]
-        registers, spills = _number(r"\.vgpr_count:\s*(\d+)", assembly), _number(r"\.vgpr_spill_count:\s*(\d+)", assembly)
+        registers, spills = (
+            _number(r"\.vgpr_count:\s*(\d+)", assembly),
+            _number(r"\.vgpr_spill_count:\s*(\d+)", assembly),
+        )
         counts = {word: len(re.findall(word, assembly)) for word in ("v_mfma", "dwordx4")}
         missing: tuple[str, ...] = ()
     else:

@@ -118,7 +118,11 @@ def linear_cross_entropy(
     with torch.no_grad():
         # max, not argmax: the same index, and four times as fast on a CPU in bf16.
         correct = (logits.max(-1).indices == targets).sum().float() if len(targets) else wide.new_zeros(()).float()
-        count = row_weights.sum().float() if row_weights is not None else torch.tensor(float(len(targets)), device=hidden.device)
+        count = (
+            row_weights.sum().float()
+            if row_weights is not None
+            else torch.tensor(float(len(targets)), device=hidden.device)
+        )
     return weighted.sum(), count, correct
 
 

@@ -63,12 +63,13 @@ def resolve_layout(
         micro_batch_size=micro,
         gradient_checkpointing=checkpointing,
         attention=_attention(recipe, device, dtype, reasons),
+        kernels=_kernels(recipe, device, reasons),
     )
 
 
 def _attention(
     recipe: Recipe, device: str, dtype: Dtype, reasons: dict[str, str]
-) -> Literal["sdpa", "varlen", "flash"]:
+) -> Literal["sdpa", "varlen", "triton", "flash"]:
     if recipe.model.attention != "auto":
         return recipe.model.attention
     if device == "cpu" or dtype == "fp32":
@@ -81,6 +82,13 @@ def _attention(
         return "flash"
     reasons["model.attention"] = "torch's own variable-length kernel; flash-attn is not installed"
     return "varlen"
+
+
+def _kernels(recipe: Recipe, device: str, reasons: dict[str, str]) -> Literal["fused", "eager"]:
+    if recipe.model.kernels != "auto":
+        return recipe.model.kernels
+    reasons["model.kernels"] = "our kernels run on GPUs; on CPUs PyTorch's own layers do"
+    return "fused" if device == "cuda" else "eager"
 
 
 def _workers(recipe: Recipe, cluster: ClusterFacts, device: str, reasons: dict[str, str]) -> int:

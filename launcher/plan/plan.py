@@ -235,8 +235,10 @@ class LayoutPlan(Part):
     offload: bool
     micro_batch_size: int
     gradient_checkpointing: bool
-    attention: Literal["sdpa", "varlen", "flash"]
+    attention: Literal["sdpa", "varlen", "triton", "flash"]
     """Which kernel attends packed documents."""
+    kernels: Literal["fused", "eager"]
+    """Whether our kernels take the place of the model's own layers, see `model.fuse`."""
 
 
 class GeneratePlan(Part):
@@ -264,6 +266,8 @@ class Lifecycle(Part):
     grace_s: float
     """Between SIGTERM and the moment by which the run has ended."""
     log_every_steps: int
+    audit: Literal["strict", "warn", "off"]
+    """What a finding before the first step does."""
     max_failures: int
     export: bool
     merge: bool

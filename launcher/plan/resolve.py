@@ -217,6 +217,7 @@ def resolve_lifecycle(recipe: Recipe, facts: DataFacts, reasons: dict[str, str])
         background_saves=recipe.checkpoint.background,
         grace_s=parse_seconds(recipe.checkpoint.grace),
         log_every_steps=recipe.logging.every_steps,
+        audit=recipe.audit,
         max_failures=recipe.cluster.max_failures,
         export=recipe.export.enabled,
         merge=merge,

@@ -32,9 +32,12 @@ class Model(Section):
     add_tokens: tuple[str, ...] = ()
     """Control tokens to add to the tokenizer, such as `<|im_start|>`. Their embedding and head rows are trained and
     exported, with adapters too."""
-    attention: Literal["auto", "sdpa", "varlen", "flash"] = "auto"
-    """How packed documents are attended: `sdpa` runs anywhere, `varlen` is torch's own on CUDA, `flash` needs
-    flash-attn."""
+    attention: Literal["auto", "sdpa", "varlen", "triton", "flash"] = "auto"
+    """How packed documents are attended: `sdpa` runs anywhere, `varlen` is torch's own on CUDA, `triton` is ours on
+    CUDA, `flash` needs flash-attn. `auto` takes the fastest that is there."""
+    kernels: Literal["auto", "fused", "eager"] = "auto"
+    """`fused` puts our kernels in the place of the model's norms, rotations, gated layers and loss, wherever they
+    compute the same. `auto`: on GPUs."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose code you have read."""
 
@@ -131,6 +134,9 @@ class Generate(Section):
     """Prompts answered at once on one rank."""
 
 
+Audit = Literal["strict", "warn", "off"]
+
+
 class Evaluate(Section):
     """Measuring on held-out rows while training."""
 
@@ -201,6 +207,10 @@ class Recipe(Section):
     """One line for `slipway recipes list`."""
     runs: str = "runs"
     """Folder that gets a folder for each run, relative to the current directory."""
+    audit: Audit = "strict"
+    """Before the first step, on the run's own model and data: fused kernels compute what the model does, packed
+    documents do not see each other, the loss is on the words that are meant. `strict`: a finding ends the run;
+    `warn`: it is said; `off`: nothing is looked at."""
     model: Model = Model()
     method: Method = Method()
     data: Data = Data()

@@ -109,6 +109,7 @@ def tiny_run(root: Path, balance: Literal["none", "weights"] = "none", **scratch
             micro_batch_size=GLOBAL_BATCH,
             gradient_checkpointing=False,
             attention="sdpa",
+            kernels="eager",
         ),
         lifecycle=Lifecycle(
             epochs=None,
@@ -125,6 +126,7 @@ def tiny_run(root: Path, balance: Literal["none", "weights"] = "none", **scratch
             background_saves=True,
             grace_s=25.0,
             log_every_steps=1,
+            audit="off",
             max_failures=0,
             export=False,
             merge=False,
