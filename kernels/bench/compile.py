@@ -52,9 +52,8 @@ def table(reports: list[Report], markdown: bool) -> list[str]:
     for each in reports:
         code = ", ".join(f"{word} x {count}" for word, count in each.instructions.items())
         verdict = "" if each.sound else f"UNSOUND {' '.join(each.missing)}".strip()
-        lines.append(
-            (each.case, each.kernel, each.target, str(each.registers), str(each.spill_bytes), str(each.shared_bytes), code, verdict)
-        )  # fmt: skip
+        numbers = (str(each.registers), str(each.spill_bytes), str(each.shared_bytes))
+        lines.append((each.case, each.kernel, each.target, *numbers, code, verdict))
     if markdown:
         rows = ["| " + " | ".join(line[:-1]) + " |" for line in lines]
         return [rows[0], "|" + "---|" * (len(head) - 1), *rows[1:]]

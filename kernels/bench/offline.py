@@ -96,7 +96,7 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tupl
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for position, parameter in enumerate(launch.kernel.params):
-        value = given[parameter.name] if parameter.name in given else parameter.default
+        value = given.get(parameter.name, parameter.default)
         kind = "constexpr" if parameter.is_constexpr or value is None else _kind(value)
         types[parameter.name] = kind
         if kind == "constexpr":

@@ -67,8 +67,9 @@ def norm_forward(
 
 @triton.jit
 def norm_backward(
-    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr, dy_stride, dh_stride, h_stride,
-    T, H, LAYER: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, ROUND: tl.constexpr, OFFSET: tl.constexpr,
+    dy_ptr, dh_ptr, h_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dweight_ptr, dbias_ptr,
+    dy_stride, dh_stride, h_stride, T, H,
+    LAYER: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, ROUND: tl.constexpr, OFFSET: tl.constexpr,
     WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Each program takes every n-th group of ROWS rows and keeps their weight gradient: dweight is [programs, H]."""
@@ -210,7 +211,7 @@ def _norm(
 
 
 @_norm.register_fake
-def _(x, residual, weight, bias, eps, layer, round_first, offset):  # type: ignore[no-untyped-def]
+def _(x, residual, weight, bias, eps, layer, round_first, offset):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     num_rows = x.numel() // x.shape[-1]
     h = torch.empty_like(y) if residual is not None else x.new_empty(0)
@@ -220,8 +221,8 @@ def _(x, residual, weight, bias, eps, layer, round_first, offset):  # type: igno
 
 @torch.library.custom_op("launcher_kernels::norm_backward", mutates_args=())
 def _norm_backward(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, layer: bool, round_first: bool,
-    offset: float, need_weight: bool, need_bias: bool,
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, layer: bool,
+    round_first: bool, offset: float, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx of h's shape; dweight and dbias [H], empty where not needed."""
     flat, slope = rows(h), rows(dy)
@@ -236,8 +237,8 @@ def _norm_backward(
     dbias = torch.empty(programs if need_bias and one_pass else 0, hidden, dtype=torch.float32, device=h.device)
     launch(
         norm_backward, (programs if one_pass else num_rows,),
-        slope, besides, flat, weight, mean, rstd, dx, dweight, dbias, slope.stride(0), besides.stride(0), flat.stride(0),
-        num_rows, hidden,
+        slope, besides, flat, weight, mean, rstd, dx, dweight, dbias,
+        slope.stride(0), besides.stride(0), flat.stride(0), num_rows, hidden,
         LAYER=layer, ADD=dh is not None, BIAS=need_bias, ROUND=round_first, OFFSET=offset, WEIGHT=sums and one_pass,
         ROWS=together, BLOCK=block, num_warps=warps,
     )  # fmt: skip
@@ -259,7 +260,7 @@ def _norm_backward(
 
 
 @_norm_backward.register_fake
-def _(dy, dh, h, weight, mean, rstd, layer, round_first, offset, need_weight, need_bias):  # type: ignore[no-untyped-def]
+def _(dy, dh, h, weight, mean, rstd, layer, round_first, offset, need_weight, need_bias):
     sizes = [weight.shape[0] if needed else 0 for needed in (need_weight, need_bias)]
     return torch.empty(h.shape, dtype=h.dtype, device=h.device), weight.new_empty(sizes[0]), weight.new_empty(sizes[1])
 

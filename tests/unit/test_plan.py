@@ -76,7 +76,7 @@ def test_every_auto_is_decided_and_says_why(here: Path, cluster: ClusterFacts) -
     autos = {key for key, value in leaves(load("x.yaml").recipe.model_dump()) if value == "auto"} - {
         *("data.train.0.format", "data.workers", "data.prepare_on"),
     }
-    assert len(autos) == 9
+    assert len(autos) == 10
     for key in autos | {"evaluate.every_steps", "checkpoint.every_steps"}:
         assert decided.origins[key].startswith("planner: "), key
         assert decided.origins[key].removeprefix("planner: "), key
