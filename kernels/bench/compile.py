@@ -1,8 +1,8 @@
 """Compile every op at the shapes of 1B to 70B models for GPUs that are not here, and print what came out.
 
-python kernels/bench/compile.py                        everything (minutes); exit 1 where a kernel spills
-python kernels/bench/compile.py --sample               the smallest shapes, sm_90 only
-python kernels/bench/compile.py norm rope --markdown   a table of two ops
+python kernels/bench/compile.py                              everything (minutes); exit 1 where a kernel spills
+python kernels/bench/compile.py --sample                     each op's first case, sm_90 only
+python kernels/bench/compile.py norm rope --only 'bfloat16.*8B' --markdown      the table of kernels/README.md
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 
 from offline import TARGETS, Report, compiled
 
 OPS = ("norm",)
+HEAD = ("case", "kernel", "registers", "spilled bytes", "shared memory", "instructions")
 
 
 def report(op: str, position: int, target: str) -> list[Report]:
@@ -27,6 +30,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compile every kernel for GPUs that are not here.")
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(OPS)}; all where left out")
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated")
+    parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name it finds")
     parser.add_argument("--sample", action="store_true", help="each op's first case, for sm_90")
     parser.add_argument("--markdown", action="store_true", help="print a table for a page")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
@@ -34,30 +38,42 @@ def main() -> int:
     targets = ["sm_90"] if arguments.sample else arguments.targets.split(",")
     work = []
     for op in arguments.ops or OPS:
-        count = 1 if arguments.sample else len(importlib.import_module(op).cases())
-        work += [(op, position, target) for position in range(count) for target in targets]
+        names = [case.name for case in importlib.import_module(op).cases()]
+        positions = [position for position, name in enumerate(names) if re.search(arguments.only, name)]
+        work += [
+            (op, position, target) for position in positions[: 1 if arguments.sample else None] for target in targets
+        ]
     with ProcessPoolExecutor(arguments.jobs) as pool:
         reports = [each for found in pool.map(report, *zip(*work, strict=True)) for each in found]
-    for line in table(reports, arguments.markdown):
+    for line in table(reports, targets, arguments.markdown):
         print(line)
     unsound = [each for each in reports if not each.sound]
+    for each in unsound:
+        lacks = f", lacks {', '.join(each.missing)}" if each.missing else ""
+        print(f"UNSOUND: {each.case}, {each.kernel} for {each.target}{lacks}")
     print(f"{len(reports)} kernels compiled, {len(unsound)} of them spill, are too large or lack an instruction")
     return 1 if unsound else 0
 
 
-def table(reports: list[Report], markdown: bool) -> list[str]:
-    """A line a kernel."""
-    head = ("case", "kernel", "GPU", "registers", "spilled bytes", "shared memory", "instructions", "")
-    lines = [head]
+def table(reports: list[Report], targets: list[str], markdown: bool) -> Iterable[str]:
+    """A line a kernel; numbers in the order of `targets`, instructions of sm_90, or of the only one."""
+    kernels: dict[tuple[str, str, int], dict[str, Report]] = {}
     for each in reports:
-        code = ", ".join(f"{word} x {count}" for word, count in each.instructions.items())
-        verdict = "" if each.sound else f"UNSOUND {' '.join(each.missing)}".strip()
-        numbers = (str(each.registers), str(each.spill_bytes), str(each.shared_bytes))
-        lines.append((each.case, each.kernel, each.target, *numbers, code, verdict))
+        # A kernel that a case launches in two forms has two lines.
+        form = sum(1 for key, found in kernels.items() if key[:2] == (each.case, each.kernel) and each.target in found)
+        kernels.setdefault((each.case, each.kernel, form), {})[each.target] = each
+    lines = [HEAD]
+    for (case, kernel, _), found in kernels.items():
+        numbers = [
+            " ".join(str(getattr(found[target], name)) if target in found else "-" for target in targets)
+            for name in ("registers", "spill_bytes", "shared_bytes")
+        ]
+        shown = found.get("sm_90") or next(iter(found.values()))
+        lines.append((case, kernel, *numbers, ", ".join(f"{n} {word}" for word, n in shown.instructions.items())))
     if markdown:
-        rows = ["| " + " | ".join(line[:-1]) + " |" for line in lines]
-        return [rows[0], "|" + "---|" * (len(head) - 1), *rows[1:]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        rows = ["| " + " | ".join(line) + " |" for line in lines]
+        return [rows[0], "|" + "---|" * len(HEAD), *rows[1:]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
