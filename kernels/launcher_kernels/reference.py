@@ -219,7 +219,9 @@ def dequantize_nf4(
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
-) -> Tensor:
-    """[..., N] = x W^T + bias + scaling (x A^T) B^T, with W [N, K], A [r, K], B [N, r]."""
-    return F.linear(x, weight, bias) + F.linear(F.linear(x, lora_a), lora_b) * scaling
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float, *,
+    adapter_x: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """[..., N] = x W^T + bias + scaling (x A^T) B^T, with W [N, K], A [r, K], B [N, r]; see `lora.lora_linear`."""
+    seen = x if adapter_x is None else adapter_x
+    return F.linear(x, weight, bias) + F.linear(F.linear(seen, lora_a), lora_b) * scaling
