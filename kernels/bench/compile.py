@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 from offline import TARGETS, Report, compiled
 
-OPS = ("norm", "rope", "glu", "linear_cross_entropy", "nf4", "lora")
+OPS = ("norm", "rope", "glu", "linear_cross_entropy", "nf4", "lora", "attention")
 HEAD = ("case", "kernel", "registers", "spilled bytes", "shared memory", "instructions")
 
 

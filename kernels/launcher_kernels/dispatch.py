@@ -44,7 +44,12 @@ class _State:
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """Whether ops on this tensor run as Triton kernels: on a GPU, inside `interpreted` or inside `recorded`."""
+    """Whether ops on this tensor run as Triton kernels: on a GPU, inside `interpreted` or inside `recorded`.
+
+    Never in float64: kernels compute in fp32, and the truth that they are compared with must not.
+    """
+    if tensor.dtype == torch.float64:
+        return False
     return tensor.is_cuda or _State.interpreting or _State.recorded is not None
 
 

@@ -9,20 +9,29 @@ int32 and takes transformers' own SDPA.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from launcher.errors import ModelError
-from launcher_kernels.attention import packed_attention
+from launcher_kernels import attention, reference
 
 # Names without "sdpa" or "flash" in them: transformers takes those words for its own and checks other things.
-NAMES = {"sdpa": "slipway_dense", "varlen": "slipway_varlen", "flash": "slipway_fa"}
+NAMES = {"sdpa": "slipway_dense", "varlen": "slipway_varlen", "triton": "slipway_triton", "flash": "slipway_fa"}
+
+WITH_SINKS = frozenset({"gpt_oss"})
+"""Model types that differ from plain attention by sinks alone, which they pass on as `s_aux`. Others with sinks
+(deepseek_v4) compress keys besides, and are refused."""
 
 
 def document_borders(cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
@@ -33,17 +42,22 @@ def document_borders(cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
 def supports_packing(model_class: type[PreTrainedModel], config: PretrainedConfig) -> bool:
     """True where every attention layer dispatches through transformers' interface, so that documents can be kept apart.
 
-    A model that refuses SDPA does so for a soft cap, which we compute, or for something else, such as attention sinks,
-    which we do not.
+    A model that refuses SDPA does so for a soft cap or for sinks, which we compute, or for something else, which we do
+    not.
     """
     dispatches = bool(getattr(model_class, "_supports_attention_backend", False))
     plain = bool(getattr(model_class, "_supports_sdpa", False)) or hasattr(config, "attn_logit_softcapping")
-    return dispatches and plain
+    return dispatches and (plain or config.model_type in WITH_SINKS)
 
 
 def register() -> None:
     """Make the implementations known to transformers, each with a mask function: without one, masks are dropped."""
-    forwards = {"sdpa": _sdpa_documents, "varlen": _varlen_documents, "flash": _flash_documents}
+    forwards = {
+        "sdpa": _sdpa_documents,
+        "varlen": _varlen_documents,
+        "triton": _triton_documents,
+        "flash": _flash_documents,
+    }
     for kind, name in NAMES.items():
         AttentionInterface.register(name, _dispatch(forwards[kind]))
         AttentionMaskInterface.register(name, sdpa_mask)
@@ -56,6 +70,7 @@ class Scoring(NamedTuple):
     scale: float | None
     window: int | None
     softcap: float | None
+    sinks: Tensor | None
 
 
 def _dispatch(documents_forward: Callable[[Tensor, Tensor, Tensor, Tensor, Scoring], Tensor]) -> Any:
@@ -72,18 +87,17 @@ def _dispatch(documents_forward: Callable[[Tensor, Tensor, Tensor, Tensor, Scori
         s_aux: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        if s_aux is not None:
-            raise ModelError("this model's attention sinks are not computed here", hint="set data.packing to false")
         if attention_mask is None or attention_mask.dtype != torch.int32:
-            if softcap is not None:
-                return _soft_capped(query, key, value, attention_mask, scaling, softcap), None
+            if softcap is not None or s_aux is not None:
+                scoring = Scoring(dropout, scaling, None, softcap, s_aux)  # the mask knows the window
+                return _by_hand(query, key, value, attention_mask, scoring), None
             attended, _ = sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
             )
             return attended, None
         # Not query[0]: the backward of an index writes a tensor of zeros to put its gradient into.
         query, key, value = (x.squeeze(0) for x in (query, key, value))
-        scoring = Scoring(dropout, scaling, sliding_window, softcap)
+        scoring = Scoring(dropout, scaling, sliding_window, softcap, s_aux)
         attended = documents_forward(query, key, value, attention_mask[0, 0], scoring)
         return attended.unsqueeze(0), None
 
@@ -91,8 +105,8 @@ def _dispatch(documents_forward: Callable[[Tensor, Tensor, Tensor, Tensor, Scori
 
 
 def _sdpa_documents(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, scoring: Scoring) -> Tensor:
-    """[H, T, d] to [T, H, d]."""
-    attended = packed_attention(
+    """[H, T, d] to [T, H, d] by PyTorch's own operations, a document at a time."""
+    attended = reference.packed_attention(
         query,
         key,
         value,
@@ -100,37 +114,73 @@ def _sdpa_documents(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, 
         scale=scoring.scale,
         sliding_window=scoring.window,
         softcap=scoring.softcap,
+        sinks=scoring.sinks,
         dropout=scoring.dropout,
     )
     return attended.transpose(0, 1).contiguous()
 
 
-def _varlen_documents(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, scoring: Scoring) -> Tensor:
-    """[H, T, d] to [T, H, d]; torch's varlen kernel has neither dropout nor a soft cap."""
-    if scoring.dropout or scoring.softcap is not None:
-        return _sdpa_documents(query, key, value, borders, scoring)
-    from torch.nn.attention.varlen import varlen_attn
+def _triton_documents(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, scoring: Scoring) -> Tensor:
+    """[H, T, d] to [T, H, d] by our kernels, with windows, caps and sinks; through PyTorch with dropout or on a CPU."""
+    attended = attention.packed_attention(
+        query,
+        key,
+        value,
+        borders[0],
+        scale=scoring.scale,
+        sliding_window=scoring.window,
+        softcap=scoring.softcap,
+        sinks=scoring.sinks,
+        dropout=scoring.dropout,
+        max_seqlen=borders.shape[0],
+    )
+    return attended.transpose(0, 1).contiguous()
 
+
+def _varlen_documents(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, scoring: Scoring) -> Tensor:
+    """[H, T, d] to [T, H, d] by torch's varlen kernel; what it has not, such as a soft cap or sinks, by ours."""
+    missing = bool(scoring.dropout) or scoring.softcap is not None or scoring.sinks is not None
+    if missing or not _fits(query, value):
+        return _triton_documents(query, key, value, borders, scoring)
+    varlen_attn, parameters = _varlen()
+    settings: dict[str, Any] = {}
+    if scoring.scale is not None:
+        settings["scale"] = scoring.scale
+    if "window_size" in parameters or scoring.window is not None:
+        settings["window_size"] = (-1 if scoring.window is None else scoring.window - 1, 0)
+    else:
+        settings["is_causal"] = True
+    if not settings.keys() <= parameters:
+        return _triton_documents(query, key, value, borders, scoring)
     num_groups = query.shape[0] // key.shape[0]
-    if num_groups > 1:
+    if num_groups > 1 and "enable_gqa" in parameters:
+        settings["enable_gqa"] = True
+    elif num_groups > 1:
         key, value = (x.repeat_interleave(num_groups, dim=0) for x in (key, value))
     query, key, value = (x.transpose(0, 1).contiguous() for x in (query, key, value))
     longest = borders.shape[0]
-    left = -1 if scoring.window is None else scoring.window - 1
-    attended = varlen_attn(
-        query, key, value, borders[0], borders[0], longest, longest, scale=scoring.scale, window_size=(left, 0)
-    )
-    assert isinstance(attended, Tensor)
+    attended: Tensor = varlen_attn(query, key, value, borders[0], borders[0], longest, longest, **settings)
     return attended
 
 
-def _flash_documents(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, scoring: Scoring) -> Tensor:
-    """[H, T, d] to [T, H, d] by flash-attn's varlen kernel."""
-    from flash_attn import flash_attn_varlen_func
+@cache
+def _varlen() -> tuple[Callable[..., Any], frozenset[str]]:
+    """torch's kernel and its parameters: 2.10 has `is_causal`, later ones windows and scale, then grouped heads."""
+    from torch.nn.attention.varlen import varlen_attn
 
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _flash_documents(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, scoring: Scoring) -> Tensor:
+    """[H, T, d] to [T, H, d] by flash-attn's varlen kernel; sinks, and dropout under version 3, by ours or PyTorch."""
+    if scoring.sinks is not None or not _fits(query, value):
+        return _triton_documents(query, key, value, borders, scoring)
+    flash_attn_varlen_func, drops = _flash(query.device)
+    if scoring.dropout and not drops:
+        return _triton_documents(query, key, value, borders, scoring)
     query, key, value = (x.transpose(0, 1).contiguous() for x in (query, key, value))
     longest = borders.shape[0]
-    attended: Tensor = flash_attn_varlen_func(
+    attended = flash_attn_varlen_func(
         query,
         key,
         value,
@@ -138,27 +188,54 @@ def _flash_documents(query: Tensor, key: Tensor, value: Tensor, borders: Tensor,
         borders[0],
         longest,
         longest,
-        dropout_p=scoring.dropout,
         softmax_scale=scoring.scale,
         causal=True,
         window_size=(-1, -1) if scoring.window is None else (scoring.window - 1, 0),
         softcap=scoring.softcap or 0.0,
+        **({"dropout_p": scoring.dropout} if drops else {}),
     )
-    return attended
+    # Version 3's first releases return the logarithm of the sums as well.
+    found: Tensor = attended[0] if isinstance(attended, tuple) else attended
+    return found
 
 
-def _soft_capped(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, softcap: float
-) -> Tensor:
-    """Attention under an ordinary mask with capped scores, which SDPA cannot: [B, H, Q, d] to [B, Q, H, d]."""
+@cache
+def _flash(device: torch.device) -> tuple[Callable[..., Any], bool]:
+    """flash-attn 3 where it is installed and the GPU is a Hopper, else 2; and whether it knows dropout."""
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    third = hopper and importlib.util.find_spec("flash_attn_interface") is not None
+    try:
+        package = importlib.import_module("flash_attn_interface" if third else "flash_attn")
+    except ImportError as error:
+        raise ModelError(
+            f"flash-attn for this GPU cannot be loaded: {error}", hint="set model.attention to varlen or triton"
+        ) from error
+    kernel = package.flash_attn_varlen_func
+    return kernel, "dropout_p" in inspect.signature(kernel).parameters
+
+
+def _fits(query: Tensor, value: Tensor) -> bool:
+    """Whether the variable-length kernels of others take these: 16 bits, on a GPU, heads of one size up to 256."""
+    size = query.shape[-1]
+    sized = size == value.shape[-1] and size % 8 == 0 and size <= 256
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and sized
+
+
+def _by_hand(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring) -> Tensor:
+    """Attention under an ordinary mask with capped scores or sinks, which SDPA cannot: [B, H, Q, d] to [B, Q, H, d]."""
     num_groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(num_groups, dim=1) for x in (key, value))
-    scores = (query @ key.transpose(-1, -2)) * (scale if scale is not None else query.shape[-1] ** -0.5)
-    scores = softcap * torch.tanh(scores / softcap)
+    scores = (query @ key.transpose(-1, -2)) * (scoring.scale if scoring.scale is not None else query.shape[-1] ** -0.5)
+    if scoring.softcap is not None:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
     if mask is None and query.shape[2] > 1:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril(key.shape[2] - query.shape[2])
     if mask is not None:
         # Not -inf: a padded query sees nothing, its softmax would be NaN, and NaN times a weight of zero is NaN.
         lowest = torch.finfo(scores.dtype).min
         scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
-    return (scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value).transpose(1, 2).contiguous()
+    if scoring.sinks is not None:  # one more column that takes its share of the weight and gives nothing
+        sinks = scoring.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        scores = torch.cat([scores, sinks], -1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)[..., : key.shape[2]]
+    return (F.dropout(weights, scoring.dropout) @ value).transpose(1, 2).contiguous()

@@ -72,15 +72,22 @@ def _attention(
 ) -> Literal["sdpa", "varlen", "triton", "flash"]:
     if recipe.model.attention != "auto":
         return recipe.model.attention
-    if device == "cpu" or dtype == "fp32":
+    if device == "cpu":
         reasons["model.attention"] = (
             "torch's SDPA document by document: the variable-length kernels are for bf16 on GPUs"
         )
         return "sdpa"
-    if importlib.util.find_spec("flash_attn") is not None:
-        reasons["model.attention"] = "flash-attn is installed"
-        return "flash"
-    reasons["model.attention"] = "torch's own variable-length kernel; flash-attn is not installed"
+    if dtype == "fp32":
+        reasons["model.attention"] = "our Triton kernels: the other variable-length kernels take 16-bit numbers only"
+        return "triton"
+    # What a model needs and the chosen kernel has not, such as sinks, the dispatch gives to ours: model/attention.py.
+    for package, version in (("flash_attn_interface", "flash-attn 3"), ("flash_attn", "flash-attn")):
+        if importlib.util.find_spec(package) is not None:
+            reasons["model.attention"] = f"{version} is installed; layers with attention sinks go through our kernels"
+            return "flash"
+    reasons["model.attention"] = (
+        "torch's own variable-length kernel, as flash-attn is not installed; soft caps and sinks go through our kernels"
+    )
     return "varlen"
 
 

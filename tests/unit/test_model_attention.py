@@ -20,6 +20,8 @@ from launcher.errors import ModelError
 from launcher.model.attention import NAMES, document_borders, register, supports_packing
 from launcher.model.load import check_packing
 from launcher.train.loss import SupervisedLoss
+from launcher_kernels import dispatch
+from tests import interpreter
 from tests.plans import model_plan
 
 VOCABULARY = 101
@@ -48,14 +50,15 @@ PACKED: dict[str, dict[str, Any]] = {
     "mistral": SIZES | {"sliding_window": 5},
     "opt": OPT | {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "gpt_neox": {key: SIZES[key] for key in SIZES if key != "num_key_value_heads"},
+    # Each token through both experts: were they chosen, other documents' tokens would change the shapes of products.
+    "gpt_oss": SIZES
+    | {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 2, "sliding_window": 4}
+    | {"layer_types": ["sliding_attention", "full_attention"]},
 }
 REFUSED: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY} | ENDS,
     "gptj": GPT2 | ENDS | {"rotary_dim": 8},
     "falcon": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY} | ENDS,
-    "gpt_oss": SIZES
-    | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}
-    | {"layer_types": ["sliding_attention", "full_attention"]},
 }
 FAMILIES = PACKED | REFUSED
 
@@ -166,7 +169,28 @@ def test_the_windows_and_caps_of_these_models_bite() -> None:
         assert relative(with_, without) > 1e-3, (family, changes)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_our_kernels_keep_the_documents_of_a_model_apart(family: str) -> None:
+    """The same through the Triton kernels, which the interpreter runs: packed is each document alone, to the bit of
+    isolation."""
+    interpreter.mend()
+    model, eager = build(family, NAMES["triton"]), build(family, "eager")
+    batch = pack([3, 9, 1])
+    documents = documents_of(batch)
+    ids = batch.input_ids[0].clone()
+    ids[documents[1]] = (ids[documents[1]] - 3 + 7) % (VOCABULARY - 3) + 3
+    with torch.no_grad(), dispatch.interpreted() as launches:
+        packed, moved = packed_logits(model, batch), packed_logits(model, batch, ids)
+        alone = [eager(input_ids=batch.input_ids[:, part]).logits[0] for part in documents]
+    assert launches["attention_forward"] == 2 * 2, "a launch a layer and pass"
+    assert relative(packed, torch.cat(alone)) <= 1e-5
+    change = (moved - packed).abs().amax(-1)
+    assert change[documents[1]].min() > 1e-3
+    change[documents[1]] = 0.0
+    assert change.max().item() == 0.0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
 def test_loss_and_gradients_packed_are_those_of_each_document_alone(family: str) -> None:
     ours, eager = build(family, NAMES["sdpa"]), build(family, "eager")
     batch = pack([3, 17, 2, 30, 9, 24])
@@ -220,10 +244,10 @@ def test_the_others_train_padded_as_each_document_alone(family: str) -> None:
 
 
 def test_generation_with_our_attention_is_transformers_own() -> None:
-    """Padding on the left, a cache and a soft cap: what answers to test rows go through."""
+    """Padding on the left, a cache, a soft cap and sinks: what answers to test rows go through."""
     ids = torch.tensor([[0, 0, 5, 9, 17], [4, 8, 15, 16, 23]])
     mask = (ids != 0).long()
-    for family in ("llama", "gemma2", "gpt2"):
+    for family in ("llama", "gemma2", "gpt2", "gpt_oss"):
         answers = [
             build(family, implementation).generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=VOCABULARY + 1
