@@ -5,6 +5,7 @@
     │   ├── RecipeError      2   all problems of a recipe at once, each with file and line
     │   ├── DataError        2   a file or row of the training data
     │   ├── ModelError       2   a model folder, hub id, tokenizer or method that cannot be used
+    │   ├── AuditError       2   what the audit found before the first step
     │   ├── ClusterError     2   what the cluster has does not fit what the run asks for
     │   └── RunFolderError   2   a run's folder: missing, held by another launcher, full, read-only
     ├── RunFailed            1   a run that started and could not finish; names its root cause
@@ -73,6 +74,10 @@ class DataError(UserError):
 
 class ModelError(UserError):
     """A model, tokenizer or fine-tuning method cannot be used as asked."""
+
+
+class AuditError(UserError):
+    """A run's own model and data would train wrong without a word; found on all ranks alike."""
 
 
 class ClusterError(UserError):

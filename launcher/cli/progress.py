@@ -67,6 +67,14 @@ class RunDisplay:
             self.say("after a failed worker, starting again: there was no checkpoint yet")
         self.bar.update(self.task, description="training", completed=record["step"])
 
+    def _on_audit(self, record: dict[str, Any]) -> None:
+        if record["checked"]:
+            self.say(f"audit: {', '.join(record['checked'])} in {record['seconds']:.1f} s")
+
+    def _on_audit_finding(self, record: dict[str, Any]) -> None:
+        self.say(f"audit: {record['what']}: {record['detail']}")
+        self.say(f"hint: {record['hint']}")
+
     def _on_step(self, record: dict[str, Any]) -> None:
         rate = record["tokens"] / record["seconds"]["total"]
         left = self.plan.lifecycle.total_steps - record["step"]

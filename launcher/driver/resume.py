@@ -28,7 +28,7 @@ from launcher.train.verdict import FILE as VERDICT_FILE
 from launcher.train.verdict import Verdict
 
 RESUME_SECTIONS = ("evaluate", "checkpoint", "logging", "cluster", "export")
-RESUME_KEYS = ("train.epochs", "train.max_steps", "train.max_time")
+RESUME_KEYS = ("train.epochs", "train.max_steps", "train.max_time", "audit")
 NOT_OF_THE_RUN = ("extends", "name", "description", "runs", "data.workers", "data.prepare_on")
 """Keys of a recipe that decide nothing of a run already begun: what it is called, and who prepares its data."""
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from launcher.data.loader import MicroBatch
 from launcher.model.attention import document_borders
+from launcher.model.fused_head import takes_targets
 from launcher_kernels.cross_entropy import cross_entropy_sum
 
 
@@ -23,45 +24,59 @@ class SupervisedLoss:
         """
         Args:
             network: what is called: the DeepSpeed engine, or a model
-            causal_lm: the transformers model inside it
+            causal_lm: the transformers model inside it; where `fuse` gave it a head for the loss, that computes it
             flat: documents end to end in one row, kept apart by the packed attention; otherwise a padded row each
             device: where the batch goes
         """
-        self.network, self.flat, self.device = network, flat, device
+        self.network, self.causal_lm, self.flat, self.device = network, causal_lm, flat, device
         self.head_takes_index = flat and "logits_to_keep" in inspect.signature(type(causal_lm).forward).parameters
 
     def __call__(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Weighted sum of the cross entropy over the S supervised tokens, differentiable, and correct tokens: both []
         fp32."""
-        logits_SV = self.logits(batch)
+        targets_S = batch.targets.to(self.device, non_blocking=True)
         weights_S = batch.weights.to(self.device, non_blocking=True) if batch.weights is not None else None
-        return cross_entropy_sum(logits_SV, batch.targets.to(self.device, non_blocking=True), weights_S)
+        if not takes_targets(self.causal_lm):
+            return cross_entropy_sum(self.logits(batch), targets_S, weights_S)
+        index_S = batch.supervised_index
+        if not self.flat:  # of the padded rows end to end
+            index_S = self._kept(batch).flatten().nonzero()[:, 0][index_S]
+        loss, _, correct = self.network(
+            **self._inputs(batch),
+            supervised_index=index_S.to(self.device, non_blocking=True),
+            targets=targets_S,
+            row_weights=weights_S,
+        )
+        return loss, correct
 
     def logits(self, batch: MicroBatch) -> Tensor:
         """[S, V] logits that predict the batch's supervised tokens."""
         index_S = batch.supervised_index.to(self.device, non_blocking=True)
-        if not self.flat:
-            return self._padded_logits(batch, index_S)
-        borders = document_borders(batch.cu_seqlens, batch.max_seqlen).to(self.device)
         # transformers computes the head only on the positions named here, with all the model does to its logits.
         keep: dict[str, Any] = {"logits_to_keep": index_S} if self.head_takes_index else {}
-        output = self.network(
-            input_ids=batch.input_ids.to(self.device, non_blocking=True),
-            position_ids=batch.position_ids.to(self.device, non_blocking=True),
-            attention_mask=borders,
-            use_cache=False,
-            **keep,
-        )
-        logits: Tensor = output.logits.squeeze(0)
+        logits: Tensor = self.network(**self._inputs(batch), **keep).logits
+        logits = logits.squeeze(0) if self.flat else logits[self._kept(batch).to(self.device)]
         return logits if self.head_takes_index else logits[index_S]
 
-    def _padded_logits(self, batch: MicroBatch, index_S: Tensor) -> Tensor:
-        """For families whose attention only knows [D, L] rows with a padding mask."""
-        lengths_D = batch.cu_seqlens.diff().long()
-        mask_DL = torch.arange(batch.max_seqlen)[None, :] < lengths_D[:, None]
+    def _inputs(self, batch: MicroBatch) -> dict[str, Any]:
+        """What the network is called with."""
+        if self.flat:
+            return {
+                "input_ids": batch.input_ids.to(self.device, non_blocking=True),
+                "position_ids": batch.position_ids.to(self.device, non_blocking=True),
+                "attention_mask": document_borders(batch.cu_seqlens, batch.max_seqlen).to(self.device),
+                "use_cache": False,
+            }
+        # For families whose attention only knows [D, L] rows with a padding mask.
+        mask_DL = self._kept(batch)
         tokens_DL = torch.zeros(mask_DL.shape, dtype=torch.long)
         tokens_DL[mask_DL] = batch.input_ids[0]
-        mask_DL = mask_DL.to(self.device)
-        output = self.network(input_ids=tokens_DL.to(self.device), attention_mask=mask_DL.long(), use_cache=False)
-        flat_logits: Tensor = output.logits[mask_DL]
-        return flat_logits[index_S]
+        return {
+            "input_ids": tokens_DL.to(self.device),
+            "attention_mask": mask_DL.long().to(self.device),
+            "use_cache": False,
+        }
+
+    def _kept(self, batch: MicroBatch) -> Tensor:
+        """[D, L] bool, where the documents' tokens are in padded rows; on the CPU."""
+        return torch.arange(batch.max_seqlen)[None, :] < batch.cu_seqlens.diff().long()[:, None]

@@ -21,15 +21,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from launcher.audit import Audit
 from launcher.checkpoint.lease import Attempt, acquire, begin
 from launcher.checkpoint.load import load_newest
 from launcher.checkpoint.saver import Saver
 from launcher.checkpoint.together import together
-from launcher.data.loader import EvalData, TestRows, TrainData
-from launcher.errors import ModelError, SlipwayError
+from launcher.data.loader import EvalData, MicroBatch, TestRows, TrainData
+from launcher.errors import AuditError, ModelError, SlipwayError
 from launcher.model import attention
 from launcher.model.adapters import apply_method, enable_gradient_checkpointing
 from launcher.model.added_tokens import added_ids
+from launcher.model.fuse import fuse
 from launcher.model.load import load_model
 from launcher.plan.batch import BatchLayout, batch_layout
 from launcher.plan.deepspeed import deepspeed_config
@@ -38,6 +40,7 @@ from launcher.store.location import open_store
 from launcher.store.spool import Spool
 from launcher.store.store import Store
 from launcher.train.engine import build_engine, join_communication
+from launcher.train.evaluate import evaluating
 from launcher.train.loop import train
 from launcher.train.loss import SupervisedLoss
 from launcher.train.metrics import MetricsLog
@@ -87,6 +90,8 @@ def train_run(plan: Plan, launch: int, interrupted: Callable[[], bool] = lambda:
         verdict = train(parts, progress)
         parts.saver.send_alongside()  # what the end measured, where another node looks for it
         return verdict
+    except AuditError as error:  # of all ranks alike, and no restart changes it
+        return Verdict("error", 0, error.message, error.hint, error.exit_code)
     finally:
         metrics.close()
 
@@ -144,7 +149,11 @@ def build_parts(
     attempt: Attempt,
     stopping: Callable[[], bool],
 ) -> Parts:
-    """Model, engine and data of one rank."""
+    """Model, engine and data of one rank, audited.
+
+    Raises:
+        SlipwayError: found on all ranks alike; AuditError where the plan has the audit strict.
+    """
     from transformers import AutoTokenizer
 
     from launcher.data.masks import end_of_turn_id
@@ -155,19 +164,29 @@ def build_parts(
     added = added_ids(plan)
     base = load_model(plan, ds_config, device, added)
     model = apply_method(base, trajectory.method, trajectory.seed, added)
+    flat = attention.supports_packing(type(base), base.config)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    audit = Audit(plan, device, metrics.write)
+    audit.before_engine(model, base, tokenizer, lambda network, lm: SupervisedLoss(network, lm, flat, device))
+    if plan.layout.kernels == "fused":
+        log.info("%s", fuse(model))
     if plan.layout.gradient_checkpointing:
         enable_gradient_checkpointing(model)
+    # transformers hands a model over in evaluation mode: without dropout, and deaf to gradient checkpointing.
+    model.train()
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     log.info("%s: %d parameters trained", trajectory.model.path, trained)
     engine = build_engine(model, plan, batch)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    loss = SupervisedLoss(engine, base, flat, device)
+    audit.through_engine(base, lambda documents: logits_at_rest(loss, documents))
+    audit.conclude()
     generate = plan.lifecycle.generate
     spool = Spool(store, Path(plan.run_dir))
     return Parts(
         plan=plan,
         batch=batch,
         engine=engine,
-        loss=SupervisedLoss(engine, base, attention.supports_packing(type(base), base.config), device),
+        loss=loss,
         train_data=TrainData(folder, trajectory.global_batch_size, trajectory.seed),
         eval_data=EvalData(folder, plan.lifecycle.eval_max_rows),
         test_rows=TestRows(folder, generate.rows) if generate is not None else None,
@@ -179,6 +198,12 @@ def build_parts(
         saver=Saver(store, attempt, plan, engine, device, alongside=lambda: spool.push(spooled(Path(plan.run_dir)))),
         stopping=stopping,
     )
+
+
+def logits_at_rest(loss: SupervisedLoss, batch: MicroBatch) -> torch.Tensor:
+    """[S, V] logits without dropout or gradients."""
+    with evaluating(loss.network):
+        return loss.logits(batch)
 
 
 def spooled(run_dir: Path) -> list[str]:
@@ -224,7 +249,7 @@ def train_alone(plan: Plan) -> int:
             if dist.get_rank() == 0:
                 with contextlib.suppress(OSError):  # a disk that takes nothing; the exit code tells as well
                     verdict.save(Path(plan.run_dir))
-                sys.stderr.write(verdict.message + "\n")
+                sys.stderr.write(verdict.message + "\n" + (f"hint: {verdict.hint}\n" if verdict.hint else ""))
     except SlipwayError as error:
         sys.stderr.write(f"error: {error.message}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
         return error.exit_code

@@ -39,6 +39,7 @@ def test_the_terminal_shows_the_run_and_nothing_else(uninterrupted: tuple[Path, 
     assert noisy == []
     assert "[" not in err, "a library logged to the terminal"
     assert "tok/s" in err
+    assert len([line for line in err.splitlines() if line.startswith("audit: masks as meant, packs isolated in ")]) == 1
     assert (run_dir / "logs" / "worker-1.log").exists()
 
 
@@ -86,6 +87,7 @@ def test_a_worker_that_raises_is_named_first_and_restarts_are_bounded(folder: Pa
     write_raising_model(model)
     arguments = [f"model={{path: {model}, trust_remote_code: true, tokenizer: {folder / 'uninterrupted' / 'model'}}}"]
     arguments += ["parallel.zero=0", "cluster.max_failures=1", "evaluate.every_steps=1000"]
+    arguments += ["audit=off"]  # or it would be the first to call the model
     with Command(folder, "run", "tiny.yaml", *arguments, "--run-dir", run_dir) as command:
         code, _, err = command.end()
     assert code == 1, err
@@ -101,16 +103,22 @@ def test_a_worker_that_raises_is_named_first_and_restarts_are_bounded(folder: Pa
 
 def write_raising_model(folder: Path) -> None:
     """A model folder with code of its own, which fails on rank 1."""
-    folder.mkdir()
-    (folder / "modeling_boom.py").write_text(
-        "import torch.distributed as dist\n"
-        "from transformers import LlamaForCausalLM\n"
-        "class BoomForCausalLM(LlamaForCausalLM):\n"
+    write_model(
+        folder,
+        "class {name}(LlamaForCausalLM):\n"
         "    def forward(self, *args, **kwargs):\n"
         "        if dist.is_initialized() and dist.get_rank() == 1:\n"
         "            raise ValueError('boom on rank 1')\n"
-        "        return super().forward(*args, **kwargs)\n"
+        "        return super().forward(*args, **kwargs)\n",
     )
+
+
+def write_model(folder: Path, code: str) -> None:
+    """A model folder with code of its own: the class `{name}`."""
+    folder.mkdir()
+    name = f"{folder.name.capitalize()}ForCausalLM"
+    imports = "import torch.distributed as dist\nfrom transformers import LlamaForCausalLM\n"
+    (folder / f"modeling_{folder.name}.py").write_text(imports + code.format(name=name))
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
@@ -118,8 +126,34 @@ def write_raising_model(folder: Path) -> None:
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     settings = json.loads((folder / "config.json").read_text())
-    settings["auto_map"] = {"AutoModelForCausalLM": "modeling_boom.BoomForCausalLM"}
+    settings["auto_map"] = {"AutoModelForCausalLM": f"modeling_{folder.name}.{name}"}
     (folder / "config.json").write_text(json.dumps(settings))
+
+
+def test_a_model_that_mixes_packed_documents_up_is_stopped_by_the_audit_and_can_be_told_to_go_on(folder: Path) -> None:
+    """Its own code forgets to hand on what keeps documents apart, as a user's modelling file might."""
+    model, run_dir = folder / "leaks", folder / "audited"
+    write_model(
+        model,
+        "class {name}(LlamaForCausalLM):\n"
+        "    def forward(self, input_ids=None, logits_to_keep=0, **kwargs):\n"
+        "        return super().forward(input_ids=input_ids, logits_to_keep=logits_to_keep, use_cache=False)\n",
+    )
+    arguments = [f"model={{path: {model}, trust_remote_code: true, tokenizer: {folder / 'uninterrupted' / 'model'}}}"]
+    arguments += ["parallel.zero=0", "train.max_steps=2", "evaluate.generate=null", "export.enabled=false"]
+    with Command(folder, "run", "tiny.yaml", *arguments, "--run-dir", run_dir) as command:
+        code, _, err = command.end()
+    assert code == 2, err
+    error, hint = (line for line in err.splitlines() if line.startswith(("error:", "hint:")))
+    assert error.startswith("error: the audit before the first step: packed documents see each other: from the first ")
+    assert hint.endswith("; audit=warn trains all the same")
+    assert not (run_dir / "logs" / "failures.jsonl").exists(), "no restart"
+    assert [record["kind"] for record in read(run_dir)] == []
+    with Command(folder, "resume", run_dir, "audit=warn") as command:
+        code, _, err = command.end()
+    assert code == 0, err
+    assert "audit: packed documents see each other: from the first document to the second (" in err
+    assert sorted(losses(run_dir)) == [1, 2]
 
 
 @pytest.mark.long  # which failure is the first is tested in tests/unit; a bounded number of restarts just above
