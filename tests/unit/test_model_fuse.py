@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -166,6 +167,17 @@ def check(model: Any, what: str, batch: MicroBatch | None = None) -> tuple[Fusio
 
 def family_cases() -> list[Any]:
     return [pytest.param(name, marks=() if name in IN_CI else pytest.mark.long) for name in FAMILIES]
+
+
+def test_the_page_says_what_is_fused_where() -> None:
+    page = (Path(__file__).parents[2] / "kernels/README.md").read_text(encoding="utf-8")
+    rows = page.partition("<!-- families -->")[2].partition("<!-- end -->")[0].strip().splitlines()[2:]
+    said = {}
+    for row in rows:
+        families, fused, _ = (cell.strip() for cell in row.strip("|").split("|"))
+        counts = dict(each.split() for each in fused.split(", "))
+        said |= {family: {op: int(count) for op, count in counts.items()} for family in families.split(", ")}
+    assert said == COUNTS
 
 
 def test_there_is_an_expectation_for_every_family() -> None:
