@@ -16,7 +16,7 @@ from launcher.checkpoint.manifest import newest_sound, verify
 from launcher.checkpoint.retain import Keep, retain
 from launcher.store.folder import FolderStore
 from launcher.store.store import Store
-from tests.checkpoints import FIRST, STORES, copy_checkpoint, opened, write_checkpoint
+from tests.checkpoints import FIRST, STORES, opened, write_checkpoint
 
 
 @pytest.fixture(scope="module", params=STORES)
@@ -182,50 +182,48 @@ def test_a_folder_that_cannot_be_deleted_stays_and_keeps_no_other(
 
 
 REMOVING = """
-import sys
+import os, sys
 from pathlib import Path
 from launcher.checkpoint.layout import committed
 from launcher.checkpoint.retain import remove
 from launcher.store.folder import FolderStore
-sys.stdin.readline()
+
+unlink, unlinked = os.unlink, 0
+
+def pause_before_one(*args, **kwargs):
+    global unlinked
+    unlinked += 1
+    if unlinked == int(sys.argv[2]):
+        print("here", flush=True)
+        sys.stdin.readline()
+    unlink(*args, **kwargs)
+
+os.unlink = pause_before_one
 for checkpoint in committed(FolderStore(Path(sys.argv[1])))[:-1]:
     remove(checkpoint)
 """
 
 
-def test_a_kill_in_the_middle_of_a_removal_leaves_no_half_checkpoint(tmp_path: Path) -> None:
-    """Of many files, so that a removal takes long enough to be hit; each round waits for another one to begin."""
+@pytest.mark.parametrize(("file", "half"), [(1, False), (2, True), (8, True), (9, False), (30, True)])
+def test_a_kill_in_the_middle_of_a_removal_leaves_no_half_checkpoint(file: int, half: bool, tmp_path: Path) -> None:
+    """SIGKILL just before the removal of one of five checkpoints, of eight files each, gets to its n-th file."""
     last = 6
-    template = tmp_path / "template"
-    template.mkdir()
     for step in range(1, last + 1):
-        write_checkpoint(FolderStore(template), step, ranks=25, shapes={f"p{i}": (50,) for i in range(4)})
-    halves = 0
-    for target in range(1, last):
-        run_dir = tmp_path / f"run-{target}"
-        for step in range(1, last + 1):
-            copy_checkpoint(template, step, run_dir)
-        store = FolderStore(run_dir)
-        assert steps(store) == list(range(1, last + 1))
-        commit = run_dir / Checkpoint(store, target).commit
-        child = subprocess.Popen([sys.executable, "-c", REMOVING, str(run_dir)], stdin=subprocess.PIPE)
-        try:
-            assert child.stdin is not None
-            child.stdin.write(b"go\n")
-            child.stdin.flush()
-            while commit.exists():
-                assert child.poll() is None
-        finally:
-            child.kill()
-            child.communicate()
-        left = steps(store)
-        assert left == list(range(last + 1 - len(left), last + 1))
-        for step in left:
-            verify(Checkpoint(store, step))
-        assert newest_sound(store) == (Checkpoint(store, last), [])
-        halves += len(store.names("checkpoints")) - len(left)
-        attempt = begin(store, 0)
-        retain(store, Keep(last=last), attempt)
-        assert store.names("checkpoints") == [Checkpoint(store, step).name for step in left]
-    assert halves > 0, "no kill has hit a removal"
-    print(f"{halves} of {last - 1} kills left a part of a checkpoint behind, without COMMIT")
+        write_checkpoint(FolderStore(tmp_path), step, ranks=5, shapes={f"p{i}": (50,) for i in range(4)})
+    store = FolderStore(tmp_path)
+    command = [sys.executable, "-c", REMOVING, str(tmp_path), str(file)]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"here\n"
+    finally:
+        child.kill()
+        child.communicate()
+    left = steps(store)
+    assert left == list(range(last + 1 - len(left), last + 1))
+    for step in left:
+        verify(Checkpoint(store, step))
+    assert newest_sound(store) == (Checkpoint(store, last), [])
+    assert len(store.names("checkpoints")) - len(left) == half
+    retain(store, Keep(last=last), begin(store, 0))
+    assert store.names("checkpoints") == [Checkpoint(store, step).name for step in left]
