@@ -32,7 +32,7 @@ def report(op: str, position: int, target: str) -> list[Report]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile every kernel for GPUs that are not here.")
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(OPS)}; all where left out")
-    parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated")
+    parser.add_argument("--targets", default="sm_80,sm_90,sm_100,gfx942", help=f"of {', '.join(TARGETS)}")
     parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name it finds")
     parser.add_argument("--sample", action="store_true", help="each op's first case, for sm_90")
     parser.add_argument("--page", action="store_true", help="write what is worth showing into kernels/README.md")

@@ -27,6 +27,8 @@ TARGETS = {
     "sm_90": (GPUTarget("cuda", 90, 32), (9, 0), 227 * 1024),
     "sm_100": (GPUTarget("cuda", 100, 32), (10, 0), 227 * 1024),
     "gfx942": (GPUTarget("hip", "gfx942", 64), (9, 4), 64 * 1024),
+    "sm_86": (GPUTarget("cuda", 86, 32), (8, 6), 99 * 1024),
+    "sm_120": (GPUTarget("cuda", 120, 32), (12, 0), 99 * 1024),
 }
 """{name: what Triton calls it, its compute capability, bytes of shared memory a program may have}."""
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from launcher_kernels import reference
 from launcher_kernels.attention_backward import backward
-from launcher_kernels.attention_forward import forward
+from launcher_kernels.attention_forward import forward, laid_out
 from launcher_kernels.dispatch import runs_triton
 
 MAX_HEAD_SIZE = 256
@@ -60,9 +60,7 @@ def packed_attention(
 
     The device is never waited for, except by PyTorch's path on an accelerator.
     """
-    if not (runs_triton(query) and query.dtype == key.dtype == value.dtype and not dropout) or (
-        query.shape[-1] > MAX_HEAD_SIZE or value.shape[-1] > query.shape[-1] or query.dtype == torch.float64
-    ):
+    if dropout or not _fits(query, key, value, sinks):
         return reference.packed_attention(
             query, key, value, cu_seqlens, scale=scale, sliding_window=sliding_window, softcap=softcap, sinks=sinks,
             dropout=dropout,
@@ -78,6 +76,20 @@ def packed_attention(
     return output[..., : output.shape[-1] - short] if short else output
 
 
+def _fits(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> bool:
+    """Whether the kernels know these shapes; PyTorch's path says what is wrong with impossible ones."""
+    heads, num_tokens, size = query.shape
+    return (
+        runs_triton(query)
+        and query.dtype == key.dtype == value.dtype
+        and key.shape == (key.shape[0], num_tokens, size)
+        and value.shape[:2] == key.shape[:2]
+        and value.shape[2] <= size <= MAX_HEAD_SIZE
+        and heads % max(key.shape[0], 1) == 0
+        and (sinks is None or sinks.shape == (heads,))
+    )
+
+
 @torch.library.custom_op("launcher_kernels::attention", mutates_args=())
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, sinks: Tensor | None, scale: float,
@@ -85,12 +97,13 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output [H, T, d] and lse [H, T]."""
     query, key, value = _dense(query), _dense(key), _dense(value)
+    sinks = sinks if sinks is None else sinks.contiguous()
     return forward(query, key, value, cu_seqlens.contiguous(), sinks, scale, window, softcap)
 
 
 @_attention.register_fake
 def _(query, key, value, cu_seqlens, sinks, scale, window, softcap):
-    return _laid_out(query), query.new_empty(query.shape[:2], dtype=torch.float32)
+    return laid_out(query), query.new_empty(query.shape[:2], dtype=torch.float32)
 
 
 @torch.library.custom_op("launcher_kernels::attention_backward", mutates_args=())
@@ -107,18 +120,12 @@ def _attention_backward(
 @_attention_backward.register_fake
 def _(slope, query, key, value, output, lse, cu_seqlens, sinks, scale, window, softcap):
     dsinks = query.new_empty(0) if sinks is None else torch.empty_like(sinks)
-    return _laid_out(query), _laid_out(key), _laid_out(value), dsinks
+    return laid_out(query), laid_out(key), laid_out(value), dsinks
 
 
 def _dense(x: Tensor) -> Tensor:
     """Each head's row of d numbers in one piece."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _laid_out(x: Tensor) -> Tensor:
-    """Of x's shape [N, T, d], in memory [T, N, d]."""
-    heads, num_tokens, size = x.shape
-    return x.new_empty(num_tokens, heads, size).transpose(0, 1)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -22,10 +22,12 @@ from launcher_kernels.attention_forward import (
     amd,
     base_two,
     capped,
+    desktop,
     find_tile,
     first_key,
     hidden,
     hopper,
+    laid_out,
     load_tile,
     num_tiles,
     on_edge,
@@ -152,8 +154,7 @@ def backward(
     heads, num_tokens, size = query.shape
     kv_heads, device = key.shape[0], query.device
     width = max(triton.next_power_of_2(size), 16)
-    dquery = torch.empty(num_tokens, heads, size, dtype=query.dtype, device=device)
-    dkey, dvalue = (torch.empty(num_tokens, kv_heads, size, dtype=query.dtype, device=device) for _ in range(2))
+    dquery, dkey, dvalue = laid_out(query), laid_out(key), laid_out(value)
     delta = torch.empty(heads, num_tokens, dtype=torch.float32, device=device)
     rows = max(4096 // width, 16)
     blocks = triton.cdiv(num_tokens, rows)
@@ -183,7 +184,7 @@ def backward(
     dsinks = query.new_empty(0)
     if sinks is not None:
         dsinks = -(torch.exp2(sinks.float()[:, None] * LOG2E - lse) * delta).sum(1).to(sinks.dtype)
-    return dquery.transpose(0, 1), dkey.transpose(0, 1), dvalue.transpose(0, 1), dsinks
+    return dquery, dkey, dvalue, dsinks
 
 
 def _key_blocks(width: int, x: Tensor) -> Blocks:
@@ -206,7 +207,7 @@ def _query_blocks(width: int, x: Tensor) -> Blocks:
     if amd(x):
         return Blocks(128 if width <= 64 else 64, 64 if width <= 64 else 32, 4, 1)
     if width > 128:
-        return Blocks(128 if hopper(x) else 64, 32, 8, 2)
+        return Blocks(128 if hopper(x) else 64, 32, 8, 1 if desktop(x) else 2)
     if hopper(x):
         return Blocks(64, 64, 4, 2) if width <= 64 else Blocks(128, 64, 8, 2)
     return Blocks(64, 64, 8 if width <= 64 else 4, 2)

@@ -184,7 +184,7 @@ def forward(
     """Output [H, T, d], laid out as [T, H, d], and the base-2 logarithm of the weights' sum [H, T] in fp32."""
     heads, num_tokens, size = query.shape
     width = max(triton.next_power_of_2(size), 16)
-    output = torch.empty(num_tokens, heads, size, dtype=query.dtype, device=query.device)
+    output = laid_out(query)
     lse = torch.empty(heads, num_tokens, dtype=torch.float32, device=query.device)
     blocks = _blocks(width, softcap is not None, query)
     tiles = num_tiles(cu_seqlens, num_tokens, blocks.queries)
@@ -197,7 +197,13 @@ def forward(
         BLOCK_D=width, BLOCK_M=blocks.queries, BLOCK_N=blocks.keys,
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
-    return output.transpose(0, 1), lse
+    return output, lse
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """Of x's shape [N, T, d], in memory [T, N, d]."""
+    heads, _, size = x.shape
+    return x.new_empty_strided(x.shape, (size, heads * size, 1))
 
 
 def num_tiles(cu_seqlens: Tensor, num_tokens: int, block: int) -> int:
@@ -226,10 +232,15 @@ def single_precision(width: int) -> Blocks:
 
 
 def hopper(x: Tensor) -> bool:
-    """Whether products read shared memory themselves: NVIDIA's GPUs from 9.0 on."""
-    return capability(x) >= (9, 0) and not amd(x)
+    """Whether products read shared memory themselves, of which there are 227 KiB: NVIDIA's H100 to B300."""
+    return capability(x)[0] in (9, 10) and not amd(x)
+
+
+def desktop(x: Tensor) -> bool:
+    """Whether shared memory ends at 99 KiB: 8.6, 8.9 and 12.x."""
+    return capability(x)[0] in (8, 12) and capability(x) != (8, 0)
 
 
 def amd(x: Tensor) -> bool:
     """Whether shared memory ends at 64 KiB."""
-    return capability(x) == (9, 4)
+    return torch.version.hip is not None or capability(x) == (9, 4)

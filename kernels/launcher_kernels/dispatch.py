@@ -61,7 +61,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> 
         _State.recorded.append(Launch(kernel, grid, arguments, meta))
         return
     launches[kernel.__name__] += 1
-    kernel[grid](*arguments, **meta)
+    with torch.cuda.device_of(arguments[0]):  # Triton starts on the current GPU, wherever the memory is
+        kernel[grid](*arguments, **meta)
 
 
 def capability(tensor: Tensor) -> tuple[int, int]:

@@ -127,6 +127,7 @@ def cross_entropy(
     tl.store(loss_ptr + row, loss)
 
     if GRADIENT:
+        weight = tl.where(known, weight, float("nan"))
         factor = weight * (1.0 + 2.0 * z_loss * z) / total
         for start in range(0, V, LANES * VECTOR):
             inside = start + column < stride
@@ -189,6 +190,7 @@ def linear_cross_entropy(
         not done); sum of row weights, [] fp32; rows whose target is the most likely token, the first of equals, [] fp32
     """
     assert targets.shape[0] == (hidden if index is None else index).shape[0], "a target for each supervised row"
+    assert row_weights is None or row_weights.shape == targets.shape, "a weight for each supervised row"
     if not _fits(hidden, weight, bias):
         return reference.linear_cross_entropy(
             hidden, weight, targets, index=index, bias=bias, row_weights=row_weights, logit_scale=logit_scale,
@@ -239,6 +241,7 @@ def _linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, correct rows, and the loss's gradients, empty where not needed: [S, H], [V, H] and [V] fp32."""
     num_rows, vocabulary = targets.shape[0], weight.shape[0]
+    targets, row_weights = targets.contiguous(), row_weights if row_weights is None else row_weights.contiguous()
     together = chunk_rows(num_rows, vocabulary, hidden.element_size())
     line = triton.cdiv(vocabulary, _LINE) * _LINE
     buffer = hidden.new_empty(min(together, num_rows), line)
@@ -309,7 +312,7 @@ def _scaled_rows(x: Tensor, factor: Tensor, index: Tensor | None, num_rows: int,
     together = 4096 // block
     launch(
         scale_rows, (triton.cdiv(len(x), together), triton.cdiv(x.shape[1], block)),
-        x, factor, factor if index is None else index, y, len(x), x.shape[1],
+        x, factor, factor if index is None else index.contiguous(), y, len(x), x.shape[1],
         INDEXED=index is not None, ROWS=together, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return y

@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from launcher_kernels import reference
@@ -111,9 +112,12 @@ class _LoraLinear(torch.autograd.Function):
         # Not among the saved tensors: under ZeRO-3 only the parameter itself knows where its numbers are by then.
         ctx.weight, ctx.lora_a, ctx.lora_b = weight, lora_a, lora_b
         ctx.scaling, ctx.apart = scaling, adapter_x is not None
-        return y.view(*x.shape[:-1], y.shape[-1])
+        # Not a view to autograd, which would forbid to change it in place: Olmo clamps what its projections give.
+        whole: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+        return whole
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         seen, xa = ctx.saved_tensors
         need_x, need_seen, need_a, *_ = ctx.needs_input_grad
@@ -173,4 +177,4 @@ def _gradients(dy: Tensor, xa: Tensor, lora_b: Tensor, scaling: float) -> tuple[
 
 @_gradients.register_fake
 def _(dy, xa, lora_b, scaling):
-    return torch.empty_like(xa), torch.empty_like(lora_b)
+    return xa.new_empty(xa.shape), lora_b.new_empty(lora_b.shape)

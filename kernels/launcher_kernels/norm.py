@@ -151,7 +151,7 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, casting: Casting = "llama"
 ) -> tuple[Tensor, Tensor]:
     """`rms_norm` of x + residual, and x + residual itself, all [..., H]."""
-    if not _fits(x, weight):
+    if not _fits(x, weight, residual=residual):
         return reference.add_rms_norm(x, residual, weight, eps, offset=offset, casting=casting)
     y, h, *_ = _norm(x, residual, weight, None, eps, False, casting == "llama", offset)
     return y, h
@@ -159,7 +159,7 @@ def add_rms_norm(
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """[..., H] less its mean, over its standard deviation, times `weight` [H] plus `bias` [H]."""
-    if not _fits(x, weight):
+    if not _fits(x, weight, bias):
         return reference.layer_norm(x, weight, bias, eps)
     y: Tensor = _norm(x, None, weight, bias, eps, True, False, 0.0)[0]
     return y
@@ -169,14 +169,17 @@ def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """`layer_norm` of x + residual, and x + residual itself, all [..., H]."""
-    if not _fits(x, weight):
+    if not _fits(x, weight, bias, residual):
         return reference.add_layer_norm(x, residual, weight, bias, eps)
     y, h, *_ = _norm(x, residual, weight, bias, eps, True, False, 0.0)
     return y, h
 
 
-def _fits(x: Tensor, weight: Tensor) -> bool:
-    return runs_triton(x) and x.dtype == weight.dtype and x.shape[-1] <= MAX_HIDDEN
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> bool:
+    """Anything else is PyTorch's to promote, to broadcast or to complain about: a kernel would read past the end."""
+    wanted = [(weight, x.shape[-1:]), (bias, x.shape[-1:]), (residual, x.shape)]
+    alike = all(y.dtype == x.dtype and y.shape == shape for y, shape in wanted if y is not None)
+    return runs_triton(x) and alike and x.shape[-1] <= MAX_HIDDEN
 
 
 def _shape(hidden: int) -> tuple[int, int, int]:
@@ -192,7 +195,7 @@ def _norm(
     offset: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, h (empty without a residual), and per row mean (empty for RMS) and rstd in fp32."""
-    flat = rows(x)
+    flat, weight, bias = rows(x), weight.contiguous(), bias if bias is None else bias.contiguous()
     num_rows, hidden = flat.shape
     added = rows(residual) if residual is not None else flat
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -225,7 +228,7 @@ def _norm_backward(
     round_first: bool, offset: float, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx of h's shape; dweight and dbias [H], empty where not needed."""
-    flat, slope = rows(h), rows(dy)
+    flat, slope, weight = rows(h), rows(dy), weight.contiguous()
     besides = rows(dh) if dh is not None else slope
     num_rows, hidden = flat.shape
     dx = torch.empty(h.shape, dtype=h.dtype, device=h.device)

@@ -286,9 +286,12 @@ def _shape(query: Tensor, key: Tensor, pairs: int) -> tuple[int, int, int, int]:
 
 
 def _like(x: Tensor) -> Tensor:
-    """[B, N, T, d] in memory as [B, T, N, d]: the projections' order, which their transposes turn into a view."""
-    batch, heads, length, head = x.shape
-    return x.new_empty(batch, length, heads, head).transpose(1, 2)
+    """[B, N, T, d] in memory as [B, T, N, d]: the projections' order, which their transposes turn into a view.
+
+    Itself no view, for autograd would forbid to change that in place.
+    """
+    _, heads, length, head = x.shape
+    return x.new_empty_strided(x.shape, (length * heads * head, head, heads * head, 1))
 
 
 def _turn(

@@ -58,9 +58,9 @@ class Audit:
         """
         if not self.on:
             return
-        data, turns = self.plan.trajectory.data, set(self.plan.data.formats.values()) != {"text"}
+        length, formats = self.plan.trajectory.data.max_length, set(self.plan.data.formats.values())
         rows = vocabulary(base)
-        self._check(lambda: check_masks(self._folder, self._numbers, tokenizer, rows, data.max_length, turns))
+        self._check(lambda: check_masks(self._folder, self._numbers, tokenizer, rows, length, formats))
         if self.plan.layout.kernels == "fused" and not self._unreadable:
             room = growth_bytes(self.plan, model, dist.get_world_size())
             self._check(lambda: check_fused(model, loss_of, self._documents, room, self._largest))

@@ -8,7 +8,7 @@ another tokenizer, fits that nowhere. Costs no tensor: 64 documents are looked a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +48,12 @@ class Stretch:
 
 
 def check_masks(
-    folder: Path, numbers: list[int], tokenizer: PreTrainedTokenizerFast, rows: int, max_length: int, turns: bool
+    folder: Path,
+    numbers: list[int],
+    tokenizer: PreTrainedTokenizerFast,
+    rows: int,
+    max_length: int,
+    formats: Collection[str],
 ) -> Checked:
     """Look at the documents `numbers`.
 
@@ -58,7 +63,7 @@ def check_masks(
         tokenizer: the run's, with its chat template
         rows: tokens that the model has a row for, in its embedding and its head
         max_length: tokens at which documents are cut; one of that length may have lost its end
-        turns: False where all training data is plain text, in which nothing is masked
+        formats: of the data; in plain text, `text`, nothing is masked
     """
     documents = Documents(folder)
     ids = {number: documents.input_ids(number) for number in numbers}
@@ -71,8 +76,11 @@ def check_masks(
         *_two_beginnings([where[n] for n in numbers if begins_twice(ids[n], tokenizer.bos_token_id)], tokenizer),
         *_ends([stretch for found in stretches.values() for stretch in found], marks, max_length, tokenizer),
     ]
-    if turns:
-        findings += _answers([stretch for found in stretches.values() for stretch in found], marks, tokenizer)
+    learned = [stretch for found in stretches.values() for stretch in found]
+    if "text" not in formats:
+        findings += _all_learned(learned, max_length, tokenizer)
+    if set(formats) != {"text"}:
+        findings += _answers(learned, marks, tokenizer)
     return Checked("masks as meant", tuple(findings))
 
 
@@ -153,13 +161,18 @@ def _ends(
     yield Finding("the end of a turn is not learned", detail + ": the model would never stop", PREPARE_AGAIN)
 
 
+def _all_learned(stretches: list[Stretch], max_length: int, tokenizer: PreTrainedTokenizerFast) -> Iterator[Finding]:
+    """Questions are not learned. A document that was cut may have lost them, and shows nothing."""
+    whole = [stretch for stretch in stretches if len(stretch.ids) < max_length]
+    if whole and all(_at_the_beginning(stretch, tokenizer.bos_token_id) for stretch in stretches):
+        documents = _places(list(dict.fromkeys(stretch.where for stretch in whole)))
+        detail = f"every token is a target, of questions too, in all documents looked at ({documents})"
+        yield Finding("nothing is masked", detail, PREPARE_AGAIN)
+
+
 def _answers(stretches: list[Stretch], marks: Marks, tokenizer: PreTrainedTokenizerFast) -> Iterator[Finding]:
     """What is learned begins where an assistant begins to write."""
-    documents = list(dict.fromkeys(stretch.where for stretch in stretches))
     inside = [stretch for stretch in stretches if not _at_the_beginning(stretch, tokenizer.bos_token_id)]
-    if stretches and not inside:
-        detail = f"every token is a target, of questions too, in all documents looked at ({_places(documents)})"
-        yield Finding("nothing is masked", detail, PREPARE_AGAIN)
     if not marks.before or not inside:
         return
     if not any(int(stretch.ids[stretch.start - 1]) in marks.before for stretch in inside):

@@ -47,13 +47,18 @@ def check_packs(
     watched = [np.unique(np.linspace(h.start, h.stop - 1, WATCHED).round().astype(int)) for h in halves]
     index = torch.from_numpy(np.concatenate(watched))
     batch = replace(batch, supervised_index=index, targets=torch.zeros_like(index))
-    before = logits_of(batch)
+    before, where = logits_of(batch), " and ".join(batch.where)
+    if before.isnan().any():  # of all ranks alike
+        what, detail = "the model computes what is no number", f"there are NaNs among its logits of {where}"
+        return Checked("packs isolated", (Finding(what, detail, "check the model's weights"),))
 
     def moved(half: slice) -> list[float]:
         """The largest difference of a logit in each half, with other tokens in one of them."""
         tokens = batch.input_ids.clone()
         tokens[0, half] = (tokens[0, half] + 1) % vocabulary
-        differences = (logits_of(replace(batch, input_ids=tokens)).float() - before.float()).abs().amax(-1)
+        after = logits_of(replace(batch, input_ids=tokens))
+        # Models may give tokens that pad the vocabulary a logit of minus infinity.
+        differences = (after.float() - before.float()).masked_fill(after == before, 0.0).abs().amax(-1)
         return [part.max().item() for part in differences.split([len(positions) for positions in watched])]
 
     by_first, by_second = moved(halves[1]), moved(halves[3])
@@ -64,7 +69,6 @@ def check_packs(
     }
     own = min(by_first[1], by_second[3])
     allowed = OF_MOVED * own if experts else 0.0
-    where = " and ".join(batch.where)
     findings = [
         Finding("packed documents see each other", f"{way} ({where}) logits move by {size:.3g}, not by 0", hint)
         for way, size in protected.items()

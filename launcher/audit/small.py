@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from launcher.model.adapters import decoder_layers
 from launcher.model.attention import NAMES
+from launcher.model.recognize import shape_of
 from launcher.model.token_rows import whole
 
 WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32}
@@ -76,7 +77,7 @@ def causal_lm(model: nn.Module) -> Any:
 def freeze_embedding(network: Any) -> None:
     """Train no embedding that is not the head's weight too: its output's gradient tells what it would learn."""
     embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
-    if isinstance(embedding, nn.Embedding) and embedding.weight is not head.weight:
+    if isinstance(embedding, nn.Embedding) and (head is None or embedding.weight is not bare(head).weight):
         embedding.requires_grad_(False)
 
 
@@ -92,9 +93,14 @@ def fill_zeros(model: nn.Module) -> None:
 def vocabulary(network: Any) -> int:
     """Tokens that both the embedding and the head have a row for; ZeRO-3 may have partitioned them."""
     layers = (network.get_input_embeddings(), network.get_output_embeddings())
-    # peft puts a layer of its own around one whose rows are trained.
-    weights = [getattr(layer, "base_layer", layer).weight for layer in layers if layer is not None]
-    return min(int(getattr(weight, "ds_shape", weight.shape)[0]) for weight in weights)
+    return min(shape_of(bare(layer).weight)[0] for layer in layers if layer is not None)
+
+
+def bare(layer: Any) -> Any:
+    """The model's own layer under those that peft puts around it, whose `weight` is put together anew for each use."""
+    for name in ("original_module", "base_layer"):
+        layer = getattr(layer, name, layer)
+    return layer
 
 
 def reference_attention(model: nn.Module) -> None:

@@ -55,8 +55,8 @@ class RunDisplay:
             show(record)
 
     def say(self, text: str) -> None:
-        """A line that stays, above the bar."""
-        self.console.print(text, highlight=False)
+        """A line that stays, above the bar; brackets in it are those of a chat template or a file's name."""
+        self.console.print(text, highlight=False, markup=False, emoji=False)
 
     def _on_start(self, record: dict[str, Any]) -> None:
         self.starts += 1

@@ -28,7 +28,7 @@ from launcher.train.verdict import FILE as VERDICT_FILE
 from launcher.train.verdict import Verdict
 
 RESUME_SECTIONS = ("evaluate", "checkpoint", "logging", "cluster", "export")
-RESUME_KEYS = ("train.epochs", "train.max_steps", "train.max_time", "audit")
+RESUME_KEYS = ("train.epochs", "train.max_steps", "train.max_time", "audit", "model.attention", "model.kernels")
 NOT_OF_THE_RUN = ("extends", "name", "description", "runs", "data.workers", "data.prepare_on")
 """Keys of a recipe that decide nothing of a run already begun: what it is called, and who prepares its data."""
 
@@ -142,13 +142,15 @@ def resumed_plan(location: str | Path, overrides: list[str], cluster: ClusterFac
 def continued(plan: Plan, loaded: LoadedRecipe, cluster: ClusterFacts, asks_for_workers: bool) -> Plan:
     """As `resumed_plan`, for a recipe that differs from the run's in nothing but what a resume may change.
 
-    Unless it `asks_for_workers` in another way than before, the layout stays where the cluster can hold it.
+    Unless it `asks_for_workers` in another way than before, the layout stays where the cluster can hold it, but for the
+    kernels that the recipe names: the audit may have found something in those that the run had.
     """
     run_dir, reasons = Path(plan.run_dir), dict[str, str]()
     parameters = parameter_count(model_settings(plan.trajectory.model))
     layout = resolve_layout(loaded.recipe, cluster, plan.trajectory.dtype, parameters, reasons)
     if not asks_for_workers and layout.device == plan.layout.device and fits(plan, cluster):
-        layout = plan.layout
+        named = {"attention": loaded.recipe.model.attention, "kernels": loaded.recipe.model.kernels}
+        layout = plan.layout.model_copy(update={key: kernel for key, kernel in named.items() if kernel != "auto"})
     lifecycle = resolve_lifecycle(loaded.recipe, plan.data, reasons)
     resumed = plan.model_copy(
         update={"layout": layout, "lifecycle": lifecycle, "origins": plan.origins | origins(loaded, reasons)}

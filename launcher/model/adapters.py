@@ -34,16 +34,14 @@ def apply_method(model: PreTrainedModel, method: MethodPlan, seed: int, added_id
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The stack of decoder layers: the longest ModuleList of one class.
+    """The stack of decoder layers: the longest ModuleList of one class that is in no other, as experts are.
 
     Raises:
         ModelError: there is none.
     """
-    stacks = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 0 and len({type(layer) for layer in module}) == 1
-    ]
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    inner = {id(module) for stack in lists for layer in stack for module in layer.modules()}
+    stacks = [stack for stack in lists if id(stack) not in inner and len({type(layer) for layer in stack}) == 1]
     if not stacks:
         raise ModelError("the model has no list of decoder layers to freeze", hint="use method.kind full or lora")
     return max(stacks, key=len)

@@ -34,6 +34,14 @@ WITH_SINKS = frozenset({"gpt_oss"})
 (deepseek_v4) compress keys besides, and are refused."""
 
 
+ATTENTION = frozenset({"attention", "full_attention", "sliding_attention"})
+"""Kinds of layers whose tokens meet in attention alone, in all of the document or a window of it. A convolution or a
+recurrent state runs on over the borders of documents (lfm2, granitemoehybrid, minimax, recurrent_gemma); attention in
+chunks (llama4) is not what our implementations compute."""
+KINDS = ("layer_types", "layers_block_type", "block_types")
+"""Where configurations name the kinds of their layers."""
+
+
 def document_borders(cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """[D + 1] int32 to the form that passes through transformers as a mask: [1, 1, max_seqlen, D + 1], no copy."""
     return cu_seqlens.to(torch.int32).expand(1, 1, max_seqlen, -1)
@@ -45,6 +53,9 @@ def supports_packing(model_class: type[PreTrainedModel], config: PretrainedConfi
     A model that refuses SDPA does so for a soft cap or for sinks, which we compute, or for something else, which we do
     not.
     """
+    text = config.get_text_config(decoder=True)
+    if any(kind not in ATTENTION for name in KINDS for kind in getattr(text, name, None) or ()):
+        return False
     dispatches = bool(getattr(model_class, "_supports_attention_backend", False))
     plain = bool(getattr(model_class, "_supports_sdpa", False)) or hasattr(config, "attn_logit_softcapping")
     return dispatches and (plain or config.model_type in WITH_SINKS)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from launcher.model.recognize import StandIn, Unlike, double, drawn, same
+from launcher.model.recognize import StandIn, Unlike, double, drawn, same, shape_of
 from launcher_kernels.linear_cross_entropy import linear_cross_entropy
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -83,12 +83,17 @@ def fused_head(causal_lm: Any) -> list[tuple[nn.Module, Any]]:
     name = next((name for name, child in causal_lm._modules.items() if child is head and head is not None), None)
     if name is None:
         raise Unlike("it has no head of its own")
+    if type(causal_lm).__call__ is not nn.Module.__call__:
+        raise Unlike("its class has a __call__ of its own")
     layers = _linear_layers(causal_lm._modules[name])
-    call, _ = _trial(causal_lm, name, INPUTS, drawn(2, 3, 7, seed="logits"))
-    padded, _ = _trial(causal_lm, name, INPUTS[:2], drawn(2, 3, 7, seed="logits"))
-    if padded != call.without("position_ids"):
-        raise Unlike("its base is called in several ways")
-    scale, softcap = _behind(lambda logits: _trial(causal_lm, name, INPUTS, logits)[1])
+    # As wide as the head's own: models may leave out what pads a vocabulary, or change the logits of single tokens.
+    logits = drawn(2, 3, shape_of(layers[0].get_parameter("weight"))[0], seed="logits")
+    call, behind = _trial(causal_lm, name, INPUTS, logits)
+    padded, _ = _trial(causal_lm, name, INPUTS[:2], logits)
+    trained, behind_trained = _trial(causal_lm, name, INPUTS, logits, training=True)
+    if padded != call.without("position_ids") or trained != call or not torch.equal(behind_trained, behind):
+        raise Unlike("its base or its head is used in several ways")
+    scale, softcap = _behind(logits, lambda logits: _trial(causal_lm, name, INPUTS, logits)[1])
     original = type(causal_lm).forward
 
     @wraps(original)  # generate() reads the signature
@@ -154,7 +159,9 @@ def _linear_layers(head: Any) -> list[nn.Module]:
     return layers
 
 
-def _trial(causal_lm: nn.Module, head: str, given: tuple[str, ...], logits: Tensor) -> tuple[BaseCall, Tensor]:
+def _trial(
+    causal_lm: nn.Module, head: str, given: tuple[str, ...], logits: Tensor, training: bool = False
+) -> tuple[BaseCall, Tensor]:
     """How the base is called, and what comes out where the head returns `logits`.
 
     Raises Unlike.
@@ -192,7 +199,7 @@ def _trial(causal_lm: nn.Module, head: str, given: tuple[str, ...], logits: Tens
     }
     try:
         with torch.no_grad():
-            output = type(causal_lm).forward(double(causal_lm, children), **inputs, use_cache=False)
+            output = type(causal_lm).forward(double(causal_lm, children, training=training), **inputs, use_cache=False)
         found = output.logits
     except Unlike:
         raise
@@ -205,12 +212,11 @@ def _trial(causal_lm: nn.Module, head: str, given: tuple[str, ...], logits: Tens
     return calls[0], found
 
 
-def _behind(transformed: Callable[[Tensor], Tensor]) -> tuple[float, float | None]:
-    """(logit scale, soft cap) of what a model does to its logits: they are scaled, then capped.
+def _behind(logits: Tensor, transformed: Callable[[Tensor], Tensor]) -> tuple[float, float | None]:
+    """(logit scale, soft cap) of what a model does to such logits: they are scaled, then capped.
 
     Raises Unlike.
     """
-    logits = drawn(2, 3, 7, seed="logits")
     # Small logits show the scale alone, huge ones the cap.
     scale = (transformed(logits * 1e-6).double() / (logits * 1e-6)).median().item()
     scale = 1.0 if abs(scale - 1.0) < 1e-9 else float(f"{scale:.12g}")

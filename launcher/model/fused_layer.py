@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from launcher.model.recognize import StandIn, Unlike, double, drawn, has_weights, rebuilt, shape_of
 
 OPTIONS = ("past", "use_cache", "output", "encoder")
-"""In names of arguments that training leaves at their defaults; where they are others, the layer's own forward runs."""
+"""In names of arguments that training leaves at their defaults, as it does those whose default is no None; where they
+are others, the layer's own forward runs."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class Sum:
     scale: float
 
     def terms(self, values: list[Any]) -> tuple[Tensor, Tensor]:
-        right = values[self.right]
-        return values[self.left], right if self.scale == 1.0 else right * self.scale
+        # Experts may return [B * T, H], which the layer's own code views as the residual.
+        left, right = values[self.left], values[self.right].view_as(values[self.left])
+        return left, right if self.scale == 1.0 else right * self.scale
 
     def of(self, values: list[Any]) -> Tensor:
         left, right = self.terms(values)
@@ -127,7 +129,8 @@ def fused_layer(layer: nn.Module, norms: Iterable[str]) -> tuple[Any, list[str]]
             arguments = dict(zip(names, args, strict=False)) | kwargs
             for name, default in defaults.items():
                 given = arguments.get(name, default)
-                if not (given is None or given is False or given is default):
+                off = default in (None, False) and (given is None or given is False)
+                if not (given is default or off):
                     return original(self, *args, **kwargs)  # a cache, or a wish for more output
             further = {name: value for name, value in arguments.items() if name not in names}
             return steps.run(self, arguments, names[0], further)
@@ -141,7 +144,7 @@ def _parameters(layer: nn.Module) -> tuple[list[str], dict[str, Any]]:
     """The names of a forward's parameters, and the defaults of those that a training step leaves alone."""
     parameters = list(inspect.signature(type(layer).forward).parameters.values())[1:]
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    options = [p for p in named[1:] if any(word in p.name for word in OPTIONS)]
+    options = [p for p in named[1:] if any(word in p.name for word in OPTIONS) or p.default not in (None, p.empty)]
     return [p.name for p in named], {p.name: None if p.default is p.empty else p.default for p in options}
 
 

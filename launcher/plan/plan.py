@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from launcher.recipe.schema_data import SourceFormat
 
@@ -274,6 +274,10 @@ class Lifecycle(Part):
     max_shard_size: str
 
 
+EARLIER: dict[str, dict[str, Any]] = {"layout": {"kernels": "eager"}, "lifecycle": {"audit": "strict"}}
+"""What a plan.json of an earlier version does not say."""
+
+
 class Plan(Part):
     """One run, decided to the last value."""
 
@@ -291,6 +295,15 @@ class Plan(Part):
     data: DataFacts
     origins: dict[str, str]
     """Where each decided value comes from: file:line, command line, default, or the planner's reason."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier(cls, values: Any) -> Any:
+        """Runs that were begun before there were kernels and an audit go on without the former."""
+        if not isinstance(values, dict):
+            return values
+        parts = {name: EARLIER[name] | part for name in EARLIER if isinstance(part := values.get(name), dict)}
+        return values | parts
 
     def save(self, path: Path) -> None:
         """Write plan.json."""

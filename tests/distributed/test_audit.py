@@ -25,6 +25,7 @@ from launcher.train.verdict import Verdict
 from launcher_kernels.norm import rms_norm
 from tests.distributed.group import run_group
 from tests.distributed.runs import LORA, QLORA, curve, tiny_run, train_all, variant
+from tests.distributed.test_added_tokens import adding
 
 pytestmark = pytest.mark.distributed
 STEPS = 2
@@ -95,6 +96,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
         "fused ZeRO 3": variant(fused, "fused-3", zero=3),
         "fused LoRA ZeRO 3": variant(fused, "fused-lora-3", zero=3, method=LORA, dtype="bf16"),
         "fused QLoRA": variant(fused, "fused-qlora", zero=3, method=QLORA),
+        "added tokens": variant(adding(fused, root / "base"), "added", zero=3, method=LORA),
         "leak": variant(base, "leak", zero=3),
         "leak, warn": variant(base, "leak-warn", audit="warn"),
         "leak, off": variant(base, "leak-off", audit="off"),
@@ -145,6 +147,14 @@ def test_fused_kernels_are_compared_at_every_stage_and_with_adapters(
     assert fused.startswith("fused = eager (")
     assert set(fused.removeprefix("fused = eager (").removesuffix(")").split(", ")) == OPS | adapters
     assert line["findings"] == 0
+
+
+def test_rows_that_are_trained_alone_are_left_partitioned(ended: Ended) -> None:
+    """peft puts the whole matrix together for whoever asks its layer for a weight."""
+    plan, verdict = ended["added tokens"]
+    assert verdict.kind == "finished"
+    [line] = lines(plan, "audit")
+    assert (len(line["checked"]), line["findings"]) == (3, 0)
 
 
 @pytest.mark.parametrize(

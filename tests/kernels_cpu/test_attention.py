@@ -107,6 +107,30 @@ def test_kernels_in_16_bits(feature: str, dtype: str, launches: Counter[str]) ->
     check(PACK, DTYPES[dtype], FEATURES[feature], heads=2, kv_heads=1, outside=3)
 
 
+@pytest.mark.parametrize("window", [9, 34, 63])
+def test_windows_that_end_at_a_tiles_edge(window: int, launches: Counter[str]) -> None:
+    """A token less or more than tiles of 32 need, and so few that a tile's first rows see nothing of its first keys."""
+    check([67], torch.float32, {"sliding_window": window}, heads=2, kv_heads=1)
+
+
+def test_tiles_of_128_in_16_bits(launches: Counter[str]) -> None:
+    check([3, 150], torch.bfloat16, {"sliding_window": 70, "softcap": 2.0}, heads=2, kv_heads=1)
+
+
+def test_sinks_with_gaps(launches: Counter[str]) -> None:
+    tensors = [draw(n, 9, HEAD_SIZE, torch.float32, i) for i, n in enumerate((4, 2, 2))]
+    cu_seqlens, sinks = torch.tensor([0, 9], dtype=torch.int32), torch.linspace(-3, 3, 8)
+    found = packed_attention(*tensors, cu_seqlens, sinks=sinks[::2])
+    assert torch.equal(found, packed_attention(*tensors, cu_seqlens, sinks=sinks[::2].clone()))
+
+
+def test_impossible_shapes_are_refused(launches: Counter[str]) -> None:
+    five, two, cu_seqlens = torch.zeros(5, 9, 16), torch.zeros(2, 9, 16), torch.tensor([0, 9], dtype=torch.int32)
+    packed_attention(two, two, two, cu_seqlens)
+    with pytest.raises(RuntimeError):
+        packed_attention(five, two, two, cu_seqlens)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("feature", FEATURES.values(), ids=FEATURES)

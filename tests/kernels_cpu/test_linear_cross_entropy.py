@@ -109,6 +109,15 @@ def test_states_and_weights_with_gaps(launches: Counter[str]) -> None:
         assert_fused(*pair(targets=targets, **options), [whole[:, 1, ::2], heads.t()], [0, 1])
 
 
+def test_targets_and_row_weights_with_gaps(launches: Counter[str]) -> None:
+    """Columns of tables, and one number seen many times."""
+    inputs, table = [draw(6, 24), draw(130, 24, seed=1)], torch.stack([torch.randperm(6), some(6, 130)], -1)
+    options = {"index": table[:, 0], "targets": table[:, 1], "row_weights": draw(6, 2, seed=3).abs()[:, 1]}
+    assert_fused(*pair(**options), inputs, [0, 1])
+    options = {"targets": torch.tensor(7).expand(6), "row_weights": torch.tensor(0.5).expand(6)}
+    assert_fused(*pair(**options), inputs, [0, 1])
+
+
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this torch has none of its own")
 def test_as_torch_has_it(launches: Counter[str]) -> None:
     """A second witness, and not by our own hand."""
@@ -151,9 +160,12 @@ def test_extreme_logits_stay_finite(launches: Counter[str]) -> None:
 
 @pytest.mark.parametrize("target", [-100, 30, 2**40])
 def test_a_target_outside_of_the_vocabulary_is_no_loss(target: int, launches: Counter[str]) -> None:
-    loss, _, correct = op.linear_cross_entropy(draw(2, 8), draw(30, 8, seed=1), torch.tensor([3, target]))
+    hidden = draw(2, 8).requires_grad_()
+    loss, _, correct = op.linear_cross_entropy(hidden, draw(30, 8, seed=1), torch.tensor([3, target]))
+    loss.backward()
     assert math.isnan(loss.item())
     assert correct.item() <= 1
+    assert hidden.grad.isnan().all(dim=1).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -247,14 +259,18 @@ def test_sums_beyond_fp16_do_not_overflow(launches: Counter[str]) -> None:
 
 
 def test_chunks_add_up_in_fp32(launches: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The weight gradient of 16 chunks is as close to the truth as that of one."""
-    hidden, targets = draw(16, 4, dtype=torch.bfloat16), torch.zeros(16, dtype=torch.int64)
+    """The weight gradient of 16 chunks is as close to the truth as that of one.
+
+    In bf16 the first one's -57.6 would swallow each of the others' -0.1125.
+    """
+    hidden, targets = torch.full((16, 4), 0.125, dtype=torch.bfloat16), torch.zeros(16, dtype=torch.int64)
+    hidden[0] = 64.0
     gradients = []
     for rows, function in ((1, op), (16, op), (16, reference)):
         monkeypatch.setattr(op, "CHUNK_ROWS", rows)
-        weight = draw(10, 4, dtype=torch.float64 if function is reference else torch.bfloat16, seed=1).requires_grad_()
-        weight.data.copy_(draw(10, 4, dtype=torch.bfloat16, seed=1))
-        function.linear_cross_entropy(hidden.to(weight.dtype), weight, targets)[0].backward()
+        dtype = torch.float64 if function is reference else torch.bfloat16
+        weight = torch.zeros(10, 4, dtype=dtype, requires_grad=True)
+        function.linear_cross_entropy(hidden.to(dtype), weight, targets)[0].backward()
         gradients.append(weight.grad)
     assert_e9(*gradients, "weight gradient of many chunks beside one's")
 

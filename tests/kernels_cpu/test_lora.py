@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from launcher_kernels import lora, reference
 from tests.fused import DTYPES, assert_e9, assert_fused
@@ -66,10 +67,11 @@ def test_the_adapter_may_see_something_else(dtype: torch.dtype, launches: Counte
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.integers(0, 150), st.integers(1, 300), st.integers(1, lora.MAX_RANK), st.sampled_from(sorted(DTYPES)),
-    st.integers(0, 99),
+    st.just(0) | st.integers(48, 150), st.integers(48, 300), st.integers(1, lora.MAX_RANK),
+    st.sampled_from(sorted(DTYPES)), st.integers(0, 99),
 )  # fmt: skip
 def test_any_gradients(launches: Counter[str], num_rows: int, columns: int, rank: int, dtype: str, seed: int) -> None:
+    """Of 48 numbers or more: eager is exact by chance in a handful of them."""
     shapes = ((num_rows, columns), (num_rows, rank), (columns, rank))
     given = [draw(*shape, dtype=DTYPES[dtype], seed=seed + i) for i, shape in enumerate(shapes)]
     found = lora.lora_gradients(*given, SCALING)
@@ -157,6 +159,24 @@ def test_a_weight_is_asked_for_once_a_pass_and_not_kept(launches: Counter[str]) 
     assert asked == [torch.bfloat16] * 2
     expected = torch.ones_like(y) @ weight + SCALING * (torch.ones_like(y) @ b @ a)
     torch.testing.assert_close(x.grad, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_the_output_may_be_changed_in_place(launches: Counter[str]) -> None:
+    """As Olmo does, which clamps queries, keys and values."""
+    x, weight, bias, a, b = layer(6, 16, 24, 4, torch.float32)
+    x.requires_grad_()
+    lora.lora_linear(x.view(2, 3, 16), weight, bias, a, b, SCALING).clamp_(-0.5, 0.5).sum().backward()
+    inside = reference.lora_linear(x.detach(), weight, bias, a, b, SCALING).abs() < 0.5
+    torch.testing.assert_close(x.grad, inside.float() @ (weight + SCALING * b @ a))
+
+
+def test_fakes_lie_as_the_gradients_do(launches: Counter[str]) -> None:
+    """Also of inputs whose numbers do not follow each other: torch.compile counts on strides."""
+    op = torch.ops.launcher_kernels.lora_gradients
+    given = [draw(*shape, dtype=torch.float32).t() for shape in ((24, 6), (4, 6), (4, 24))]
+    with FakeTensorMode() as mode:
+        fakes = op(*(mode.from_tensor(x) for x in given), SCALING)
+    assert [x.stride() for x in op(*given, SCALING)] == [x.stride() for x in fakes]
 
 
 def test_torch_finds_the_op_well_made(launches: Counter[str]) -> None:

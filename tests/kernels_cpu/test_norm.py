@@ -74,9 +74,11 @@ def test_any_shape(launches: Counter[str], num_rows: int, hidden: int, dtype: st
 
 
 def test_long_rows_take_two_kernels(launches: Counter[str]) -> None:
-    x, weight = draw(67, 9000, dtype=torch.bfloat16), draw(9000, dtype=torch.bfloat16, seed=1)
+    x, weight, bias = draw(67, 9000, dtype=torch.bfloat16), *draw(2, 9000, dtype=torch.bfloat16, seed=1)
     assert_fused(partial(norm.rms_norm, eps=EPS), partial(reference.rms_norm, eps=EPS), [x, weight], [0, 1])
-    assert launches["norm_backward_weight"] > 0
+    fused, eager = (partial(module.layer_norm, eps=EPS) for module in (norm, reference))
+    assert_fused(fused, eager, [x[:35] + 3, weight, bias], range(3))
+    assert launches["norm_backward_weight"] > 1
 
 
 def test_rows_with_gaps(launches: Counter[str]) -> None:
@@ -84,6 +86,40 @@ def test_rows_with_gaps(launches: Counter[str]) -> None:
     whole, weight = draw(6, 8, 200, dtype=torch.float32), draw(64, dtype=torch.float32, seed=1)
     for x in (whole[:, 1, 10:74], whole[..., ::3][..., :64], whole.transpose(0, 1)[..., :64]):
         assert_fused(partial(norm.rms_norm, eps=EPS), partial(reference.rms_norm, eps=EPS), [x, weight], [0, 1])
+
+
+@pytest.mark.parametrize("casting", ["llama", "gemma"])
+def test_roundings_are_those_of_eager(casting: norm.Casting, launches: Counter[str]) -> None:
+    """Fewer of them would pass for closer to the truth."""
+    x, residual, weight = (
+        draw(*shape, dtype=torch.bfloat16, seed=i) for i, shape in enumerate([(9, 96)] * 2 + [(96,)])
+    )
+    found, eager = (module.add_rms_norm(x, residual, weight, EPS, casting=casting) for module in (norm, reference))
+    assert torch.equal(found[1], eager[1])
+    assert (found[0] == eager[0]).float().mean() > 0.995
+    assert torch.equal(found[0], norm.rms_norm(eager[1], weight, EPS, casting=casting))
+
+
+def test_weights_with_gaps(launches: Counter[str]) -> None:
+    x, pairs = draw(5, 96, dtype=torch.float32), draw(96, 2, dtype=torch.float32, seed=1)
+    fused, eager = (partial(module.layer_norm, eps=EPS) for module in (norm, reference))
+    assert_fused(fused, eager, [x, pairs[:, 0], pairs[:, 1]], range(3))
+    assert_fused(fused, eager, [x, pairs[:1, 0].expand(96), pairs[:1, 1].expand(96)], range(3))
+
+
+def test_what_does_not_fit_goes_through_pytorch(launches: Counter[str]) -> None:
+    """A residual or a bias that is broadcast or promoted, and a weight of another size."""
+    x, weight, before = draw(5, 96, dtype=torch.bfloat16), draw(96, dtype=torch.bfloat16), Counter(launches)
+    for residual in (x[:1], x.float()):
+        expected = reference.add_rms_norm(x, residual, weight, EPS)
+        found = norm.add_rms_norm(x, residual, weight, EPS)
+        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    with pytest.raises(RuntimeError):
+        norm.layer_norm(x, weight, weight.float(), EPS)
+    with pytest.raises(RuntimeError):
+        norm.rms_norm(x, weight[:8], EPS)
+    assert launches == before
+    norm.rms_norm(x, weight, EPS)
 
 
 def test_the_weight_gradient_is_the_same_bits(launches: Counter[str]) -> None:

@@ -203,6 +203,22 @@ def test_one_key_head_is_turned(launches: Counter[str]) -> None:
     assert (turned - before).abs().max() > 0.1
 
 
+def test_what_comes_out_may_be_changed_in_place(launches: Counter[str]) -> None:
+    form = SHAPES["grouped"]
+    query, key = (x.transpose(1, 2).requires_grad_() for x in inputs(form, torch.float32))
+    rope.rope(query, key, *angles(form, torch.float32))[0].mul_(2).sum().backward()
+    once = torch.autograd.grad(rope.rope(query, key, *angles(form, torch.float32))[0].sum(), query)[0]
+    torch.testing.assert_close(query.grad, 2 * once)
+
+
+def test_the_normed_heads_are_rounded_as_eager_rounds_them(launches: Counter[str]) -> None:
+    """Fewer roundings would pass for closer to the truth."""
+    form = SHAPES["grouped"]
+    given = [*inputs(form, torch.bfloat16), *weights(form, torch.bfloat16), *angles(form, torch.float32)]
+    for found, eager in zip(normed(rope)(*given), normed(reference)(*given), strict=True):
+        assert (found == eager).float().mean() > 0.995
+
+
 def test_there_and_back(launches: Counter[str]) -> None:
     form = SHAPES["partly turned"]
     query, key = (x.transpose(1, 2) for x in inputs(form, torch.float32))

@@ -69,10 +69,10 @@ def documents_of(family: str, rows: list[Conversation] | None = None) -> list[Do
     return made
 
 
-def masks(folder: Path, documents: list[Document], family: str, max_length: int = 4096, turns: bool = True) -> Checked:
+def masks(folder: Path, documents: list[Document], family: str, max_length: int = 4096, *formats: str) -> Checked:
     write_prepared(folder, documents)
     tokenizer = tokenizer_of(family)
-    return check_masks(folder, sampled(folder, 64), tokenizer, len(tokenizer), max_length, turns)
+    return check_masks(folder, sampled(folder, 64), tokenizer, len(tokenizer), max_length, formats or ("messages",))
 
 
 def found(checked: Checked) -> list[str]:
@@ -87,12 +87,25 @@ def test_nothing_is_found_in_any_familys_own_masks(family: str, tmp_path: Path) 
     thought = documents_of(family, conversations(thoughts=thinks))
     assert masks(tmp_path / "thought", thought, family).findings == ()
     text = documents_of(family, [Conversation((), text="Once upon a time."), Conversation((), text="The end.")])
-    assert masks(tmp_path / "text", text, family, turns=False).findings == ()
+    assert masks(tmp_path / "text", text, family, 4096, "text").findings == ()
     # Of rows cut at their end no answer ends, and of those cut at their beginning some begin within an answer.
     cut = [document.part(0, len(document.input_ids) - 3) for document in documents_of(family)]
     length = min(len(document.input_ids) for document in cut)
     cut = [part for document in cut if (part := document.part(0, length)).num_targets]  # as preparation leaves out
     assert masks(tmp_path / "cut", cut, family, length).findings == ()
+
+
+@pytest.mark.usefixtures("the_day")
+def test_a_few_answers_among_many_texts_may_be_missed(tmp_path: Path) -> None:
+    texts = documents_of("chatml", [Conversation((), text="Once upon a time.")] * 200)
+    mixed = [*texts, *documents_of("chatml")[:2], *texts]
+    assert masks(tmp_path / "data", mixed, "chatml", 4096, "text", "messages").findings == ()
+
+
+@pytest.mark.usefixtures("the_day")
+def test_answers_without_the_questions_that_were_cut_off_are_sound(tmp_path: Path) -> None:
+    cut = [document.part(len(document.input_ids) - 4, len(document.input_ids)) for document in documents_of("chatml")]
+    assert masks(tmp_path / "data", cut, "chatml", 4).findings == ()
 
 
 def shifted(document: Document) -> Document:
@@ -214,6 +227,22 @@ def test_a_model_that_does_not_look_at_its_input_is_found() -> None:
     nn.init.zeros_(model.model.embed_tokens.weight)
     checked = check_packs(logits_through(model), pack([19, 30]), VOCABULARY, False, "")
     assert found(checked) == ["the model does not look at its input"]
+
+
+def test_a_model_with_broken_weights_is_found() -> None:
+    model = build("llama", NAMES["sdpa"])
+    nn.init.constant_(model.model.norm.weight, float("nan"))
+    checked = check_packs(logits_through(model), pack([19, 30]), VOCABULARY, False, "")
+    assert found(checked) == ["the model computes what is no number"]
+    checked = fused(model)
+    assert checked.skipped
+    assert "not all that the model computes is finite" in checked.says
+
+
+def test_logits_of_minus_infinity_stay_where_they_are() -> None:
+    model = build("llama", NAMES["sdpa"])
+    model.lm_head.register_forward_hook(lambda layer, given, logits: logits.index_fill(-1, torch.tensor(7), -torch.inf))
+    assert check_packs(logits_through(model), pack([19, 30]), VOCABULARY, False, "").findings == ()
 
 
 def test_experts_may_round_differently_and_no_more() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.errors import ModelError
-from launcher.model.adapters import apply_method
+from launcher.model.adapters import apply_method, decoder_layers
 from launcher.plan.plan import MethodPlan
 
 LLAMA: dict[str, Any] = {
@@ -127,3 +127,11 @@ def test_adapters_start_from_the_seed_alone_and_as_no_change() -> None:
 def test_adapters_take_the_bases_dtype() -> None:
     network = apply_method(model(LLAMA).to(torch.bfloat16), lora(), seed=0)
     assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
+
+
+def test_experts_in_a_list_are_no_decoder_layers() -> None:
+    """As models with code of their own have them: more experts in a layer than layers."""
+    network = model(LLAMA)
+    for layer in network.model.layers:
+        layer.mlp.experts = nn.ModuleList([nn.Linear(4, 4) for _ in range(8)])
+    assert decoder_layers(network) is network.model.layers

@@ -59,6 +59,11 @@ REFUSED: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY} | ENDS,
     "gptj": GPT2 | ENDS | {"rotary_dim": 8},
     "falcon": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY} | ENDS,
+    # These dispatch their attention, beside layers that know of no borders, or in chunks of a document.
+    "lfm2": SIZES | {"layer_types": ["conv", "full_attention"]},
+    "llama4_text": SIZES
+    | {"head_dim": 16, "intermediate_size_mlp": 96, "num_local_experts": 2, "attention_chunk_size": 4}
+    | {"layer_types": ["chunked_attention", "full_attention"]},
 }
 FAMILIES = PACKED | REFUSED
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
 
 from launcher.data.loader import MicroBatch
 from launcher.model.adapters import enable_gradient_checkpointing
@@ -235,6 +236,74 @@ def test_a_model_like_no_other_is_left_alone() -> None:
     assert str(fusion).startswith("no kernel was fused (left: ")
     assert fusion.left["Unknown"] == "it has parameters of its own"
     assert fusion.left["head"] == "it has no head of its own"
+
+
+class Turned(LlamaForCausalLM):
+    """Its logits are turned by something that few numbers do not show."""
+
+    change = "padding"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        match self.change:
+            case "padding":
+                output.logits = output.logits[..., : VOCABULARY - 3]
+            case "token":
+                output.logits = output.logits.index_fill(-1, torch.tensor(VOCABULARY - 1), -1e4)
+            case "training":
+                output.logits = output.logits * (2.0 if self.training else 1.0)
+        return output
+
+
+class Called(LlamaForCausalLM):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().__call__(*args, **kwargs)
+        output.logits = 2 * output.logits
+        return output
+
+
+class Repeating(LlamaDecoderLayer):
+    """It has an option that training leaves as it is, and whose default is no None."""
+
+    def forward(self, hidden_states: Tensor, repeat: bool = False, scale: float = 1.0, **kwargs: Any) -> Tensor:
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden = hidden_states + attended
+        made = self.mlp(self.post_attention_layernorm(hidden))
+        if repeat:
+            made = self.mlp(made)
+        return hidden + made
+
+
+@pytest.mark.parametrize("change", ["padding", "token", "training"])
+def test_a_head_whose_logits_are_changed_is_left_alone(change: str) -> None:
+    model = tiny_model("llama")
+    model.__class__, model.change = Turned, change
+    assert_left("head", model)
+
+
+def test_a_model_with_a_call_of_its_own_keeps_its_head() -> None:
+    model = tiny_model("llama")
+    model.__class__ = Called
+    assert_left("head", model)
+
+
+def test_an_option_of_a_layer_keeps_its_default() -> None:
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.__class__ = Repeating
+    assert_left(None, model)
+
+
+def assert_left(what: str | None, model: Any) -> None:
+    """Only that is left, and what is computed stays what it was in training."""
+    before = loss_of(model.train(), pack())
+    fusion = fuse(model)
+    assert set(fusion.left) == ({what} if what else set())
+    assert torch.allclose(loss_of(model, pack()), before, rtol=1e-5)
+
+
+def loss_of(model: Any, batch: MicroBatch) -> Tensor:
+    return SupervisedLoss(model, model, True, torch.device("cpu"))(batch)[0].detach()
 
 
 def test_what_is_said_in_one_line() -> None:

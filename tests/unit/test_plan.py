@@ -190,6 +190,16 @@ def test_a_plan_of_another_version_is_refused(here: Path) -> None:
         existing_plan(here / "x.yaml")
 
 
+def test_a_run_begun_before_there_were_kernels_and_an_audit_goes_on_without_kernels(tmp_path: Path) -> None:
+    plan = tiny_plan(tmp_path, zero=1)
+    values = json.loads(plan.model_dump_json())
+    del values["layout"]["kernels"], values["lifecycle"]["audit"]
+    (tmp_path / "plan.json").write_text(json.dumps(values))
+    found = existing_plan(tmp_path)
+    assert (found.layout.kernels, found.lifecycle.audit) == ("eager", "strict")
+    assert found.trajectory.hash() == plan.trajectory.hash()
+
+
 def layout(here: Path, *overrides: str, **settings: Any) -> LayoutPlan:
     return plan(here, *overrides, **settings).layout
 
@@ -353,3 +363,6 @@ def test_a_resume_remembers_what_the_last_one_was_told(tmp_path: Path) -> None:
     assert again.lifecycle == longer.lifecycle
     assert again.trajectory.hash() == plan.trajectory.hash()
     assert longer.origins["train.epochs"] == "command line"
+    fused = resumed_plan(run_dir, ["model.kernels=fused", "model.attention=triton"], this_machine())
+    assert fused.layout == plan.layout.model_copy(update={"kernels": "fused", "attention": "triton"})
+    assert resumed_plan(run_dir, ["model.kernels=auto"], this_machine()).layout == fused.layout
