@@ -130,9 +130,14 @@ def check_fused(
         fusion = fuse(small)
         if not fusion.counts:
             return Checked("no kernel to fuse", skipped=True)
-        by_fused = errors(computed(small, loss_of, batch), truth)
+        counts = ", ".join(f"{name} {count}" for name, count in fusion.counts.items())
+        try:
+            by_fused = errors(computed(small, loss_of, batch), truth)
+        except Exception as error:  # a GPU that a kernel cannot be built for, or that has too little shared memory
+            why = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+            finding = Finding(f"fused kernels ({counts}) do not run here, and PyTorch's own layers do", why, HINT)
+            return Checked("fused = eager", (finding,))
     wrong = beyond(by_fused, by_eager, truth, dtype)
-    counts = ", ".join(f"{name} {count}" for name, count in fusion.counts.items())
     findings = []
     if wrong:
         shown = "; ".join(wrong[:SHOWN]) + (f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else "")

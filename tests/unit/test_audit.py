@@ -332,6 +332,17 @@ def test_a_wrong_kernel_is_found(op: str, wrong: Any, dtype: torch.dtype) -> Non
     assert "model.kernels to eager" in finding.hint
 
 
+def test_a_kernel_that_does_not_run_is_found() -> None:
+    def too_large(x: Tensor, weight: Tensor, eps: float, **how: Any) -> Tensor:
+        raise RuntimeError("out of resource: shared memory\nmore")
+
+    with mock.patch("launcher.model.fuse.rms_norm", too_large):
+        [finding] = fused(build("llama", NAMES["sdpa"])).findings
+    assert "do not run here" in finding.what
+    assert finding.detail == "RuntimeError: out of resource: shared memory"
+    assert "model.kernels to eager" in finding.hint
+
+
 def test_a_model_without_anything_to_fuse_says_so() -> None:
     nothing = mock.Mock(counts={})
     with mock.patch("launcher.audit.fused.fuse", return_value=nothing):
