@@ -15,7 +15,7 @@ from launcher_kernels import glu, reference
 from tests.fused import DTYPES, assert_fused
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
-SHAPES = [(1, 8), (3, 7), (2, 3, 96), (5, 1030)]
+SHAPES = [(1, 48), (3, 7), (2, 3, 96), (5, 1030)]
 
 
 def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
