@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from launcher_kernels import reference
 from launcher_kernels.attention_backward import backward
-from launcher_kernels.attention_forward import forward, laid_out
-from launcher_kernels.dispatch import runs_triton
+from launcher_kernels.attention_forward import forward
+from launcher_kernels.dispatch import runs_triton, token_major
 
 MAX_HEAD_SIZE = 256
 """Larger heads go through PyTorch: their tiles do not fit in registers."""
@@ -103,7 +103,7 @@ def _attention(
 
 @_attention.register_fake
 def _(query, key, value, cu_seqlens, sinks, scale, window, softcap):
-    return laid_out(query), query.new_empty(query.shape[:2], dtype=torch.float32)
+    return token_major(query), query.new_empty(query.shape[:2], dtype=torch.float32)
 
 
 @torch.library.custom_op("launcher_kernels::attention_backward", mutates_args=())
@@ -120,7 +120,7 @@ def _attention_backward(
 @_attention_backward.register_fake
 def _(slope, query, key, value, output, lse, cu_seqlens, sinks, scale, window, softcap):
     dsinks = query.new_empty(0) if sinks is None else torch.empty_like(sinks)
-    return laid_out(query), laid_out(key), laid_out(value), dsinks
+    return token_major(query), token_major(key), token_major(value), dsinks
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -27,14 +27,13 @@ from launcher_kernels.attention_forward import (
     first_key,
     hidden,
     hopper,
-    laid_out,
     load_tile,
     num_tiles,
     on_edge,
     single_precision,
     store_tile,
 )
-from launcher_kernels.dispatch import launch
+from launcher_kernels.dispatch import launch, token_major
 
 
 @triton.jit
@@ -154,7 +153,7 @@ def backward(
     heads, num_tokens, size = query.shape
     kv_heads, device = key.shape[0], query.device
     width = max(triton.next_power_of_2(size), 16)
-    dquery, dkey, dvalue = laid_out(query), laid_out(key), laid_out(value)
+    dquery, dkey, dvalue = token_major(query), token_major(key), token_major(value)
     delta = torch.empty(heads, num_tokens, dtype=torch.float32, device=device)
     rows = max(4096 // width, 16)
     blocks = triton.cdiv(num_tokens, rows)

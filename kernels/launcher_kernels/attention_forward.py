@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from launcher_kernels.dispatch import capability, launch
+from launcher_kernels.dispatch import capability, launch, token_major
 
 LOG2E = 1.4426950408889634
 _LOG2E = tl.constexpr(LOG2E)
@@ -184,7 +184,7 @@ def forward(
     """Output [H, T, d], laid out as [T, H, d], and the base-2 logarithm of the weights' sum [H, T] in fp32."""
     heads, num_tokens, size = query.shape
     width = max(triton.next_power_of_2(size), 16)
-    output = laid_out(query)
+    output = token_major(query)
     lse = torch.empty(heads, num_tokens, dtype=torch.float32, device=query.device)
     blocks = _blocks(width, softcap is not None, query)
     tiles = num_tiles(cu_seqlens, num_tokens, blocks.queries)
@@ -198,12 +198,6 @@ def forward(
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     return output, lse
-
-
-def laid_out(x: Tensor) -> Tensor:
-    """Of x's shape [N, T, d], in memory [T, N, d]."""
-    heads, _, size = x.shape
-    return x.new_empty_strided(x.shape, (size, heads * size, 1))
 
 
 def num_tiles(cu_seqlens: Tensor, num_tokens: int, block: int) -> int:

@@ -110,6 +110,14 @@ def recorded(target: tuple[int, int] = (9, 0)) -> Iterator[list[Launch]]:
         _State.recorded, _State.capability = was, wanted
 
 
+def token_major(x: Tensor) -> Tensor:
+    """Uninitialized, of x's shape [..., N, T, d], in memory [..., T, N, d]: the projections' order, into which a model
+    transposes its heads back. Itself no view, for autograd would forbid to change that in place."""
+    heads, length, size = x.shape[-3:]
+    batch = (length * heads * size,) * (x.dim() - 3)
+    return x.new_empty_strided(x.shape, (*batch, size, heads * size, 1))
+
+
 def rows(x: Tensor) -> Tensor:
     """[..., H] as [T, H] whose rows are contiguous; a view where that is possible, else a copy."""
     flat = x.reshape(-1, x.shape[-1])

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from launcher_kernels import reference
-from launcher_kernels.dispatch import launch, multiprocessors, runs_triton
+from launcher_kernels.dispatch import launch, multiprocessors, runs_triton, token_major
 from launcher_kernels.norm import Casting
 
 MAX_HEAD = 1024
@@ -285,20 +285,11 @@ def _shape(query: Tensor, key: Tensor, pairs: int) -> tuple[int, int, int, int]:
     return max(pairs // (heads * block), 1), heads, block, blocks
 
 
-def _like(x: Tensor) -> Tensor:
-    """[B, N, T, d] in memory as [B, T, N, d]: the projections' order, which their transposes turn into a view.
-
-    Itself no view, for autograd would forbid to change that in place.
-    """
-    _, heads, length, head = x.shape
-    return x.new_empty_strided(x.shape, (length * heads * head, head, heads * head, 1))
-
-
 def _turn(
     query: Tensor, key: Tensor, weights: tuple[Tensor, Tensor] | None, cos: Tensor, sin: Tensor, eps: float,
     interleaved: bool, backward: bool, round_first: bool, offset: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    turned_query, turned_key = _like(query), _like(key)
+    turned_query, turned_key = token_major(query), token_major(key)
     cos, sin, angle_strides = _angles(cos, sin)
     tokens, heads, block, blocks = _shape(query, key, _PAIRS)
     num_tokens = query.shape[0] * query.shape[2]
@@ -322,7 +313,7 @@ def _rope(
 
 @_rope.register_fake
 def _(query, key, cos, sin, interleaved, backward):
-    return _like(query), _like(key)
+    return token_major(query), token_major(key)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -348,7 +339,7 @@ def _qk_norm_rope(
 
 @_qk_norm_rope.register_fake
 def _(query, key, query_weight, key_weight, cos, sin, eps, interleaved, round_first, offset):
-    return _like(query), _like(key)
+    return token_major(query), token_major(key)
 
 
 @torch.library.custom_op("launcher_kernels::qk_norm_rope_backward", mutates_args=())
@@ -357,7 +348,7 @@ def _qk_norm_rope_backward(
     cos: Tensor, sin: Tensor, eps: float, interleaved: bool, round_first: bool, offset: float, need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query and key, and of their weights [d], which are empty where not needed."""
-    query_out, key_out = _like(query), _like(key)
+    query_out, key_out = token_major(query), token_major(key)
     cos, sin, angle_strides = _angles(cos, sin)
     tokens, heads, block, blocks = _shape(query, key, _PAIRS // 2)
     num_tokens = query.shape[0] * query.shape[2]
@@ -384,7 +375,7 @@ def _qk_norm_rope_backward(
 @_qk_norm_rope_backward.register_fake
 def _(dquery, dkey, query, key, query_weight, key_weight, *form):
     size = query.shape[3] if form[-1] else 0
-    return _like(query), _like(key), query_weight.new_empty(size), key_weight.new_empty(size)
+    return token_major(query), token_major(key), query_weight.new_empty(size), key_weight.new_empty(size)
 
 
 def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

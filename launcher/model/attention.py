@@ -79,7 +79,7 @@ class Scoring(NamedTuple):
 
     dropout: float
     scale: float | None
-    window: int | None
+    sliding_window: int | None
     softcap: float | None
     sinks: Tensor | None
 
@@ -117,34 +117,14 @@ def _dispatch(documents_forward: Callable[[Tensor, Tensor, Tensor, Tensor, Scori
 
 def _sdpa_documents(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, scoring: Scoring) -> Tensor:
     """[H, T, d] to [T, H, d] by PyTorch's own operations, a document at a time."""
-    attended = reference.packed_attention(
-        query,
-        key,
-        value,
-        borders[0],
-        scale=scoring.scale,
-        sliding_window=scoring.window,
-        softcap=scoring.softcap,
-        sinks=scoring.sinks,
-        dropout=scoring.dropout,
-    )
+    attended = reference.packed_attention(query, key, value, borders[0], **scoring._asdict())
     return attended.transpose(0, 1).contiguous()
 
 
 def _triton_documents(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, scoring: Scoring) -> Tensor:
     """[H, T, d] to [T, H, d] by our kernels, with windows, caps and sinks; through PyTorch with dropout or on a CPU."""
-    attended = attention.packed_attention(
-        query,
-        key,
-        value,
-        borders[0],
-        scale=scoring.scale,
-        sliding_window=scoring.window,
-        softcap=scoring.softcap,
-        sinks=scoring.sinks,
-        dropout=scoring.dropout,
-        max_seqlen=borders.shape[0],
-    )
+    longest = borders.shape[0]
+    attended = attention.packed_attention(query, key, value, borders[0], max_seqlen=longest, **scoring._asdict())
     return attended.transpose(0, 1).contiguous()
 
 
@@ -157,8 +137,8 @@ def _varlen_documents(query: Tensor, key: Tensor, value: Tensor, borders: Tensor
     settings: dict[str, Any] = {}
     if scoring.scale is not None:
         settings["scale"] = scoring.scale
-    if "window_size" in parameters or scoring.window is not None:
-        settings["window_size"] = (-1 if scoring.window is None else scoring.window - 1, 0)
+    if "window_size" in parameters or scoring.sliding_window is not None:
+        settings["window_size"] = (-1 if scoring.sliding_window is None else scoring.sliding_window - 1, 0)
     else:
         settings["is_causal"] = True
     if not settings.keys() <= parameters:
@@ -201,7 +181,7 @@ def _flash_documents(query: Tensor, key: Tensor, value: Tensor, borders: Tensor,
         longest,
         softmax_scale=scoring.scale,
         causal=True,
-        window_size=(-1, -1) if scoring.window is None else (scoring.window - 1, 0),
+        window_size=(-1, -1) if scoring.sliding_window is None else (scoring.sliding_window - 1, 0),
         softcap=scoring.softcap or 0.0,
         **({"dropout_p": scoring.dropout} if drops else {}),
     )
