@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from launcher_kernels.reference import ulp
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def ulp(value: float, dtype: torch.dtype) -> float:
-    """Distance between neighbouring numbers of `dtype` at `value`."""
-    tiny = torch.finfo(dtype).smallest_normal
-    return float(2.0 ** math.floor(math.log2(max(abs(value), tiny))) * torch.finfo(dtype).eps)
 
 
 def assert_e9(found: Tensor, eager: Tensor, exact: Tensor, what: str = "") -> None:

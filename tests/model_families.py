@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.data.loader import MicroBatch
 from launcher.model.attention import NAMES, supports_packing
+from tests import packs
 
 VOCABULARY = 61
 ENDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -86,20 +86,5 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) 
 
 
 def pack(lengths: Sequence[int] = (5, 9), seed: int = 0) -> MicroBatch:
-    """Documents of random tokens end to end; every second token but the first of a document is a target. Any seed but 0
-    gives targets weights."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, VOCABULARY, (sum(lengths),), generator=generator)
-    starts = [0, *itertools.accumulate(lengths)]
-    predicted = torch.cat([torch.arange(start + 1, stop, 2) for start, stop in itertools.pairwise(starts)])
-    return MicroBatch(
-        input_ids=ids[None],
-        position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
-        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
-        max_seqlen=max(lengths),
-        supervised_index=predicted - 1,
-        targets=ids[predicted],
-        weights=torch.linspace(0.5, 1.5, len(predicted)) if seed else None,
-        where=tuple(f"made up:{i}" for i in range(len(lengths))),
-        num_tokens=len(ids),
-    )
+    """Of these models' tokens. Any seed but 0 gives targets weights."""
+    return packs.pack(lengths, seed, vocabulary=VOCABULARY, weighted=seed != 0)

@@ -18,6 +18,8 @@ from floors import Work
 from timing import Deadline, Timer
 from torch import Tensor
 
+from launcher_kernels.reference import ulp
+
 Inputs = Mapping[str, Tensor]
 Function = Callable[..., Any]
 """Takes a contest's inputs by name; returns a tensor or several."""
@@ -162,12 +164,6 @@ def poisoned() -> Iterator[None]:
             yield
         finally:
             torch.use_deterministic_algorithms(was[0], warn_only=was[1])
-
-
-def ulp(value: float, dtype: torch.dtype) -> float:
-    """Distance between neighbouring numbers of `dtype` at `value`."""
-    tiny = torch.finfo(dtype).smallest_normal
-    return float(2.0 ** math.floor(math.log2(max(abs(value), tiny))) * torch.finfo(dtype).eps)
 
 
 def farthest(found: Tensor, exact: Tensor) -> float:

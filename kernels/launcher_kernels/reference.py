@@ -6,11 +6,18 @@ truth of E9. Shapes and arguments are those of the ops' own files.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+def ulp(value: float, dtype: torch.dtype) -> float:
+    """Distance between neighbouring numbers of `dtype` at `value`: the unit in the last place of E9."""
+    tiny = torch.finfo(dtype).smallest_normal
+    return float(2.0 ** math.floor(math.log2(max(abs(value), tiny))) * torch.finfo(dtype).eps)
 
 
 def _wide(x: Tensor) -> Tensor:

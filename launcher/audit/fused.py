@@ -54,6 +54,7 @@ from launcher.model.adapters import decoder_layers
 from launcher.model.fuse import fuse
 from launcher.plan.plan import Plan
 from launcher.units import format_bytes
+from launcher_kernels.reference import ulp
 
 LAYERS = 2
 UNNOTICED = 64 << 20
@@ -209,12 +210,6 @@ def beyond(by_fused: dict[str, float], by_eager: dict[str, float], truth: Comput
             said = f"{name} is {by_fused[name]:.2e} off, {bound:.2e} allowed (eager {eager:.2e})"
             wrong.append((by_fused[name] / bound, said))
     return [said for _, said in sorted(wrong, reverse=True)]
-
-
-def ulp(value: float, dtype: torch.dtype) -> float:
-    """Distance between neighbouring numbers of `dtype` at `value`."""
-    tiny = torch.finfo(dtype).smallest_normal
-    return float(2.0 ** math.floor(math.log2(max(abs(value), tiny))) * torch.finfo(dtype).eps)
 
 
 def needed_bytes(small: nn.Module, model: nn.Module, batch: MicroBatch, wide: torch.dtype) -> int:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import copy
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from launcher.model.attention import NAMES, document_borders, register, supports
 from launcher.model.load import check_packing
 from launcher.train.loss import SupervisedLoss
 from launcher_kernels import dispatch
-from tests import interpreter
+from tests import interpreter, packs
 from tests.plans import model_plan
 
 VOCABULARY = 101
@@ -87,23 +88,7 @@ def _attention() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def pack(lengths: Sequence[int], seed: int = 0) -> MicroBatch:
-    """Documents of random tokens end to end; every second token but the first of a document is a target."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, VOCABULARY, (sum(lengths),), generator=generator)
-    starts = [0, *itertools.accumulate(lengths)]
-    predicted = torch.cat([torch.arange(start + 1, stop, 2) for start, stop in itertools.pairwise(starts)])
-    return MicroBatch(
-        input_ids=ids[None],
-        position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
-        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
-        max_seqlen=max(lengths),
-        supervised_index=predicted - 1,
-        targets=ids[predicted],
-        weights=None,
-        where=tuple(f"made up:{i}" for i in range(len(lengths))),
-        num_tokens=len(ids),
-    )
+pack = partial(packs.pack, vocabulary=VOCABULARY)
 
 
 def packed_logits(model: Any, batch: MicroBatch, ids: Tensor | None = None) -> Tensor:

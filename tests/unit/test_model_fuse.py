@@ -21,8 +21,8 @@ from launcher.model.fuse import Fusion, fuse
 from launcher.model.fused_head import takes_targets
 from launcher.train.loss import SupervisedLoss
 from launcher_kernels import dispatch
+from launcher_kernels.reference import ulp
 from tests import interpreter
-from tests.fused import ulp
 from tests.model_families import FAMILIES, VOCABULARY, pack, tiny_model
 
 LLAMA = {"rms_norm": 3, "add_rms_norm": 2, "rope": 2, "glu": 2}
