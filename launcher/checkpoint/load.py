@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from launcher.checkpoint.layout import Checkpoint, committed
@@ -72,10 +73,11 @@ def load(checkpoint: Checkpoint, engine: Any, plan: Plan, group: Group = None) -
     if wrong := sorted({line for lines, _ in found for line in lines}):
         raise damaged(checkpoint, wrong)
     ranges = [one for _, part in found for one in part]
-    reader = ShardReader(checkpoint.store, folder_of(checkpoint, manifest), ranges)
     state = training_state(engine)
     together(doing, lambda: _be_covered(checkpoint, state, ranges), group)
-    together(doing, lambda: dcp_load(dict(state), storage_reader=reader, process_group=group), group)
+    wanted = {name: (shard.start, shard.start + shard.held.numel()) for name, shard in state.items()}
+    reader = ShardReader(checkpoint.store, folder_of(checkpoint, manifest), ranges, wanted)
+    together(doing, lambda: _read_shards(state, reader), group)
     set_optimizer_step(engine, manifest.optimizer_step)
     publish_masters(engine)
     return manifest.progress
@@ -100,9 +102,7 @@ def read_whole(checkpoint: Checkpoint, manifest: Manifest, kind: str, names: lis
     folder = folder_of(checkpoint, manifest)
     ranges = [one for file in sorted(manifest.files) for one in ranges_of(checkpoint.store, folder, file)]
     flat: dict[str, Any] = {f"{kind}.{name}": torch.empty(math.prod(manifest.parameters[name])) for name in names}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as we asked
-        dcp_load(flat, storage_reader=ShardReader(checkpoint.store, folder, ranges), no_dist=True)
+    _read(flat, ShardReader(checkpoint.store, folder, ranges))
     return {name: flat[f"{kind}.{name}"] for name in names}
 
 
@@ -111,6 +111,20 @@ def read_together(checkpoint: Checkpoint, doing: str, group: Group) -> Manifest:
     manifest = together(doing, lambda: read(checkpoint) if dist.get_rank(group) == 0 else None, group)[0]
     assert manifest is not None
     return manifest
+
+
+def _read_shards(state: Mapping[str, FlatShard], reader: ShardReader) -> None:
+    """Each rank for itself: together, DCP would send every rank's plan to the first and back, for nothing."""
+    try:
+        _read(dict(state), reader)
+    except CheckpointException as error:
+        raise error.failures[0][0] from None  # of this rank, which DCP takes for the only one
+
+
+def _read(state: dict[str, Any], reader: ShardReader) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as we asked
+        dcp_load(state, storage_reader=reader, no_dist=True)
 
 
 def _be_covered(checkpoint: Checkpoint, state: Mapping[str, FlatShard], ranges: list[Range]) -> None:
