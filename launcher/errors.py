@@ -7,6 +7,7 @@
     │   ├── ModelError       2   a model folder, hub id, tokenizer or method that cannot be used
     │   ├── AuditError       2   what the audit found before the first step
     │   ├── ClusterError     2   what the cluster has does not fit what the run asks for
+    │   │   └── HostsError   2   all findings on a cluster's hosts at once, each with its host or file and line
     │   └── RunFolderError   2   a run's folder: missing, held by another launcher, full, read-only
     ├── RunFailed            1   a run that started and could not finish; names its root cause
     ├── CheckpointError      1   a checkpoint that cannot be written, or does not fit the run
@@ -46,7 +47,7 @@ class UserError(SlipwayError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake in a recipe: `where` is `file:line`, or the command line's own words."""
+    """One mistake of several: `where` is `file:line`, the command line's own words, or a host's name."""
 
     where: str
     key: str
@@ -82,6 +83,17 @@ class AuditError(UserError):
 
 class ClusterError(UserError):
     """The cluster cannot hold the run, or cannot be reached."""
+
+
+class HostsError(ClusterError):
+    """Every problem found in a hostfile or on its hosts, in the order of the file."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__("\n".join(str(problem) for problem in problems))
+        self.problems = tuple(problems)
+
+    def __reduce__(self) -> tuple[type[HostsError], tuple[tuple[Problem, ...]]]:  # type: ignore[override]
+        return (type(self), (self.problems,))
 
 
 class RunFolderError(UserError):

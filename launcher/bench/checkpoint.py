@@ -134,7 +134,7 @@ def elsewhere(plan: Plan, left: dict[str, Any], loads: int, scratch: Path) -> li
     layout = plan.layout
     found: list[dict[str, Any]] = []
     # DeepSpeed's universal form is loaded at the stage that saved it.
-    for changes in ({"workers": 1}, {"zero": 2 if layout.zero == 3 else 3}):
+    for changes in ({"workers": 1, "min_workers": 1}, {"zero": 2 if layout.zero == 3 else 3}):
         other = plan.model_copy(update={"layout": layout.model_copy(update=changes)})
         one: dict[str, Any] = {"ranks": other.layout.workers, "zero": other.layout.zero}
         job = {"task": "loads", "loads": loads, "left": left, "saved_in": plan.location, "universal": None}

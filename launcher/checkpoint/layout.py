@@ -20,6 +20,8 @@ MANIFEST = "manifest.json"
 COMMIT = "COMMIT"
 SHARD_SUFFIX = ".safetensors"
 FOLDER = "checkpoints"
+GROUP = "checkpoint"
+"""Description of the process group that they are written on: whoever looks for a hang tells it from training's."""
 
 _STEP = re.compile(r"step-(\d{8,})")
 _ATTEMPT = re.compile(r"attempt-(\d+\.\d+)")

@@ -153,10 +153,8 @@ def acquire(store: Store) -> Lease:
     with _refusals(store):
         files = _files(store)
         newest = max(files, default=0)
-        if newest and "released" not in files[newest]:
-            holder = _holder(store, newest)
-            if holder is not None and _alive(store, newest, holder, "beat" in files[newest]):
-                raise _in_use(store, holder)
+        if holder := _living(store, files):
+            raise _in_use(store, holder)
         launch, this = newest + 1, _this_process()
         # A network disk may say "it is there" of the very file it has just made, when its first answer got lost.
         if not store.create(_name(launch, "json"), this.content()) and _named(store, launch) != this:
@@ -209,6 +207,15 @@ def current(store: Store) -> Attempt | None:
         return None
     launch = max(files)
     return Attempt(launch, max((int(ending) for ending in files[launch] if ending.isdigit()), default=0))
+
+
+def held_by(store: Store) -> str | None:
+    """Which living launcher holds the run, in words; None where none does.
+
+    Raises OSError, and RunFolderError where its file is damaged.
+    """
+    holder = _living(store, _files(store))
+    return None if holder is None else f"a launcher on {holder.host}, pid {holder.pid}, since {holder.since}"
 
 
 def fence(store: Store, attempt: Attempt) -> None:
@@ -308,6 +315,15 @@ def _holder(store: Store, launch: int) -> _Holder | None:
         raise RunFolderError(
             f"{store}/{name} is damaged", hint="delete this file once no launcher works on this run"
         ) from error
+
+
+def _living(store: Store, files: dict[int, set[str]]) -> _Holder | None:
+    """Who holds the run that `files` are of; None where it was given back, or its holder is gone."""
+    newest = max(files, default=0)
+    if not newest or "released" in files[newest]:
+        return None
+    holder = _holder(store, newest)
+    return holder if holder is not None and _alive(store, newest, holder, "beat" in files[newest]) else None
 
 
 def _named(store: Store, launch: int) -> _Holder | None:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from launcher.checkpoint.layout import GROUP
 from launcher.checkpoint.lease import Attempt, fence
 from launcher.checkpoint.manifest import Manifest
 from launcher.checkpoint.retain import Keep, retain
@@ -66,7 +67,7 @@ class Saver:
         self.alongside = alongside
         # A write may hang for hours (a network disk, a server) and then go on; where a wait has timed out once, the
         # group is of no more use. A rank that is gone is noticed by its closed connection all the same.
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=7), group_desc=GROUP)
         self.without_room: str | None = None
         """Why the loop waits for the disk although the plan says `background`."""
         self.background = life.background_saves

@@ -29,7 +29,12 @@ VERBS = {
     "chat": "Talk to a finished run or a model folder",
     "export": "Write a run's model folder again, merged or with adapters alone",
     "verify": "Check every checkpoint of a run against its hashes",
-    "runs": "List runs and where they are",
+    "runs": "List runs and where they are, or a cluster's jobs",
+    "submit": "Run a recipe on a cluster from outside of it, as a Ray job",
+    "logs": "Show what a run's worker or a cluster's job has printed",
+    "stop": "Have a run or a cluster's job save and end",
+    "cluster": "Start Ray on your own machines over ssh, and stop it",
+    "doctor": "Check what this machine or a cluster has and lacks",
     "bench": "Measure tokens per second of a recipe, and where the time goes",
     "recipes": "List and show the packaged recipes and every key",
 }
@@ -51,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        return _report(error)
+        return report(error)
 
 
-def _report(error: Exception) -> int:
+def report(error: Exception) -> int:
     """Say on stderr what went wrong; returns the exit code."""
     from launcher.cli import render
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,6 +23,27 @@ RunFolder = Annotated[
 Address = Annotated[
     str | None,
     typer.Option("--address", help="Ray cluster to join; RAY_ADDRESS otherwise, or Ray on this machine"),
+]
+RunOrJob = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN|JOB", help="A run's folder or URL, or with --address a job's name", show_default=False
+    ),
+]
+JobsAddress = Annotated[
+    str, typer.Option("--address", help="ssh://[user@]HEAD[:port], or http://HEAD:8265", show_default=False)
+]
+JobsAddressOrNone = Annotated[
+    str | None,
+    typer.Option("--address", help="Of the job's cluster: ssh://[user@]HEAD[:port], or http://HEAD:8265"),
+]
+Hostfile = Annotated[
+    Path,
+    typer.Option("--hostfile", help="The machines: a line each, such as worker-1 slots=8", show_default=False),
+]
+SshConfig = Annotated[
+    Path | None,
+    typer.Option("--ssh-config", help="A config file for ssh instead of ~/.ssh/config", show_default=False),
 ]
 
 

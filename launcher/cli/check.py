@@ -26,7 +26,7 @@ def command(recipe: RecipeName, overrides: Overrides = None, as_json: Json = Fal
     for key, path in _missing_data(loaded):
         places = " and ".join(shown(place) for place in candidates(path, loaded.origin(key)))
         render.note(f"{key}: {path} is not here yet (looked for {places})")
-    print(f"ok: {shown(loaded.file)}; every other key has its default")
+    print(f"ok: {shown(loaded.file)}; every other key has its default; hash {loaded.hash}")
 
 
 def _value(loaded: LoadedRecipe, key: str) -> str:

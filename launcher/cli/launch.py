@@ -14,18 +14,19 @@ from typing import Any
 from launcher.checkpoint.lease import Lease, acquire
 from launcher.cli import render
 from launcher.cli.progress import RunDisplay
-from launcher.driver import remote
+from launcher.driver import ahead, remote
 from launcher.driver.connect import connected
 from launcher.driver.resume import continued, has_finished, ready_again, refuse_other_recipe, run_recipe, run_to_resume
 from launcher.driver.shared_folder import check_shared
 from launcher.driver.signals import ends_on_signals, kept
 from launcher.driver.trainer import fit
-from launcher.errors import RunFailed, SlipwayError
+from launcher.errors import RunFailed, SlipwayError, UserError
 from launcher.plan.facts import ClusterFacts
 from launcher.plan.plan import Plan
 from launcher.recipe.load import LoadedRecipe
 from launcher.recipe.origin import shown
 from launcher.store.location import is_url, open_store
+from launcher.train import startup
 from launcher.train.metrics import read
 from launcher.train.verdict import Verdict
 
@@ -42,6 +43,7 @@ def launch(
     with ExitStack() as stack:
         with kept():
             cluster = stack.enter_context(connected(address))
+        startup.ended("ray.init")
         # Once more: Ray has put a handler of its own in the place of ours.
         stack.enter_context(ends_on_signals("stopped before training began", hint))
         plan = make_plan(cluster)
@@ -86,10 +88,15 @@ def go_on(plan: Plan, address: str | None, make_plan: Callable[[Plan, ClusterFac
     with acquire(open_store(plan.location)) as lease:
         with render.err().status("checking the base model and the data"):
             ready = ready_again(plan)
+        startup.ended("model ready")
 
         def shared(cluster: ClusterFacts) -> Plan:
             resumed = make_plan(ready, cluster)
+            startup.ended("plan")
             check_shared(resumed)
+            startup.ended("shared folder")
+            ahead.start()
+            startup.ended("training imports")
             return resumed
 
         launch(lease, address, shared, hint=f"slipway resume {plan.location}")
@@ -133,14 +140,29 @@ def place(location: str) -> str:
     return location if is_url(location) else shown(Path(location))
 
 
+def introduce_recipe(loaded: LoadedRecipe, expected: str | None) -> None:
+    """One line on the recipe. Raises UserError where it is not the expected one, such as an older copy on the head."""
+    render.err().print(f"recipe {shown(loaded.file)}, hash {loaded.hash}", style="dim", markup=False)
+    if expected is not None and expected != loaded.hash:
+        raise UserError(
+            f"{shown(loaded.file)} has the hash {loaded.hash} on this machine, not {expected}",
+            hint="on a cluster of `ray up`, send what was edited: ray rsync-up cluster.yaml; `slipway check RECIPE "
+            "KEY=VALUE ...` prints the hash, which covers overrides too",
+        )
+
+
 def introduce(plan: Plan) -> None:
     """One paragraph on what is about to run."""
     layout, trajectory, life = plan.layout, plan.trajectory, plan.lifecycle
     model = "a scratch model" if trajectory.model.source == "scratch" else trajectory.model.path
     each = "a GPU" if layout.device == "cuda" else f"{layout.cpus_per_worker} CPU{'s' * (layout.cpus_per_worker > 1)}"
     workers = f"{layout.workers} workers with {each} each" if layout.workers > 1 else f"1 worker with {each}"
+    if layout.min_workers < layout.workers:
+        workers = f"{layout.min_workers} to {workers}"
     say = render.err().print
-    say(f"[bold]{plan.name}[/]  {trajectory.method.kind} fine-tune of {model}, {trajectory.dtype}, ZeRO {layout.zero}")
+    say(plan.name, style="bold", markup=False, end="  ")  # a name may have brackets
+    what = f"{trajectory.method.kind} fine-tune of {model}, {trajectory.dtype}, ZeRO {layout.zero}"
+    say(what, markup=False)
     say(f"  {workers}; {life.total_steps} steps of {trajectory.global_batch_size} rows")
     dropped = sum(plan.data.dropped.values())
     left_out = f"; {dropped} rows left out, see {shown(Path(plan.data.folder) / 'dropped.jsonl')}" if dropped else ""

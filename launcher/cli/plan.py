@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from launcher.cli import render
 from launcher.cli.arguments import Address, Json, Overrides, RecipeName
+from launcher.plan.plan import LayoutPlan
 
 
 def command(recipe: RecipeName, overrides: Overrides = None, address: Address = None, as_json: Json = False) -> None:
@@ -34,7 +35,7 @@ def command(recipe: RecipeName, overrides: Overrides = None, address: Address = 
             ("data", f"{data.train_documents} documents", f"{data.train_tokens} tokens in {data.train_rows} rows"),
             ("supervised", f"{data.train_supervised_tokens} tokens", f"{data.eval_documents} documents held out"),
             ("steps", str(life.total_steps), f"{plan.trajectory.global_batch_size} rows each"),
-            ("workers", str(layout.workers), f"{layout.device}, {layout.cpus_per_worker} CPUs each"),
+            ("workers", _sizes(layout), f"{layout.device}, {layout.cpus_per_worker} CPUs each"),
             ("ZeRO", str(layout.zero), "offloaded to host memory" if layout.offload else "nothing offloaded"),
             ("micro batch", str(layout.micro_batch_size), "rows of a forward and backward on one worker"),
             ("trajectory", plan.trajectory.hash(), "must match on resume"),
@@ -44,3 +45,7 @@ def command(recipe: RecipeName, overrides: Overrides = None, address: Address = 
     decided_here = {key: reason for key, reason in plan.origins.items() if reason.startswith("planner: ")}
     print()
     render.print_columns([(key, reason.removeprefix("planner: ")) for key, reason in sorted(decided_here.items())])
+
+
+def _sizes(layout: LayoutPlan) -> str:
+    return str(layout.workers) if layout.min_workers == layout.workers else f"{layout.min_workers} to {layout.workers}"

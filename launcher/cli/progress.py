@@ -26,6 +26,8 @@ class RunDisplay:
         self.losses: dict[str, float] = {}
         self.last_line = 0.0
         self.starts = 0
+        self.after = ""
+        """What the next start follows upon."""
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
@@ -60,12 +62,31 @@ class RunDisplay:
 
     def _on_start(self, record: dict[str, Any]) -> None:
         self.starts += 1
+        after, self.after = self.after, "after a failed worker, "
         if record["step"]:
-            why = "after a failed worker, " if self.starts > 1 else ""
-            self.say(f"{why}going on from the checkpoint of step {record['step']}")
+            self.say(f"{after}going on from the checkpoint of step {record['step']}")
         elif self.starts > 1:
-            self.say("after a failed worker, starting again: there was no checkpoint yet")
+            self.say(f"{after}starting again: there was no checkpoint yet")
         self.bar.update(self.task, description="training", completed=record["step"])
+
+    def _on_failed(self, record: dict[str, Any]) -> None:
+        self.say(f"rank {record['rank']} on {record['host']} failed: {record['message']}")
+
+    def _on_lost(self, record: dict[str, Any]) -> None:
+        hosts = " and ".join(record["hosts"])
+        self.after = f"after the loss of {hosts}, "
+        self.say(f"{hosts} is gone: Ray does not reach it any more")
+
+    def _on_waiting(self, record: dict[str, Any]) -> None:
+        self.say(f"{record['message']}; waiting for up to {record['wait_s']:g} s")
+        self.after = ""
+        self.bar.update(self.task, description="waiting")
+
+    def _on_growing(self, record: dict[str, Any]) -> None:
+        self.say(f"there is room for {record['workers']} workers now: saving, then going on with them")
+
+    def _on_resize(self, record: dict[str, Any]) -> None:
+        self.after = f"{record['why']}: {record['to']} workers instead of {record['from']}, "
 
     def _on_audit(self, record: dict[str, Any]) -> None:
         if record["checked"]:
@@ -112,6 +133,10 @@ class RunDisplay:
 
     def _on_metrics_lost(self, record: dict[str, Any]) -> None:
         self.say(f"{record['lines']:,} lines of metrics.jsonl are lost: its disk took none for too long")
+
+    def _on_hanging(self, record: dict[str, Any]) -> None:
+        self.say(f"hang: {record['what']}")
+        self.say(f"  stacks of all ranks: {record['stacks']}")
 
     def _on_stopping(self, record: dict[str, Any]) -> None:
         grace_s = record.get("grace_s")

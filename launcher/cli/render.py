@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from launcher.errors import Interrupted, RecipeError, SlipwayError
+from launcher.errors import HostsError, Interrupted, RecipeError, SlipwayError
 
 if TYPE_CHECKING:  # rich is a third of what `slipway check` may take to start
     from rich.console import Console
@@ -38,6 +38,13 @@ def err() -> Console:
 def print_json(value: Any) -> None:
     """One JSON value on stdout, for `--json`."""
     print(json.dumps(value, indent=2, ensure_ascii=ascii_only()))
+
+
+def print_log(text: str) -> None:
+    """What another process has printed, on stdout and at once."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    sys.stdout.flush()
 
 
 def print_columns(rows: Sequence[Sequence[str]]) -> None:
@@ -95,8 +102,8 @@ def note(message: str) -> None:
 
 
 def failure(error: SlipwayError) -> None:
-    """An error and its hint on stderr; of a recipe's errors each as `file:line: key: message`."""
-    if isinstance(error, RecipeError):
+    """An error and its hint on stderr; of a recipe's or cluster's errors each as `file:line: key: message`."""
+    if isinstance(error, RecipeError | HostsError):
         for problem in error.problems:
             err().print(str(problem), markup=False, style="bold")
             if problem.hint:

@@ -10,7 +10,10 @@ def command(run: RunFolder, overrides: Overrides = None, address: Address = None
     from launcher.cli.launch import go_on
     from launcher.driver.resume import existing_plan, refuse_trajectory_keys, resumed_plan
     from launcher.driver.signals import ends_on_signals
+    from launcher.train import startup
 
+    startup.begin()
+    startup.ended("command")
     with ends_on_signals("stopped before training went on", hint=f"slipway resume {run}"):
         plan = existing_plan(run)
         refuse_trajectory_keys(overrides or [], plan.location)

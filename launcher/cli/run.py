@@ -23,11 +23,15 @@ def command(
         Resume,
         typer.Option("--resume", help="auto: go on with the run that this command began, for jobs that are preempted"),
     ] = Resume.NEVER,
+    expect: Annotated[
+        str | None,
+        typer.Option("--expect", metavar="HASH", help="End with 2 unless the recipe has the hash that check prints"),
+    ] = None,
 ) -> None:
     """Fine-tune as a recipe says and export the model. Ctrl-C saves; `slipway resume` goes on."""
-    from launcher.cli.launch import go_on_by_itself, launch
+    from launcher.cli.launch import go_on_by_itself, introduce_recipe, launch
     from launcher.cli.progress import preparing
-    from launcher.driver import remote
+    from launcher.driver import ahead, remote, secrets
     from launcher.driver.shared_folder import check_shared
     from launcher.driver.signals import ends_on_signals
     from launcher.driver.start import (
@@ -42,28 +46,41 @@ def command(
     from launcher.plan.facts import ClusterFacts
     from launcher.plan.plan import Plan
     from launcher.recipe.load import load
+    from launcher.train import startup
 
+    startup.begin()
+    startup.ended("command")
     with ends_on_signals("stopped before training began"):
+        secrets.receive()
         loaded = load(recipe, overrides or ())
+        introduce_recipe(loaded, expect)
+        startup.ended("recipe")
         remote.check(run_dir or loaded.recipe.runs)
         if resume is Resume.AUTO and go_on_by_itself(loaded, run_dir, address):
             return
         location = new_run_folder(loaded, run_dir)
         with preparing(render.err()) as report:
             decided = decide(loaded, location, report, address)
+        startup.ended("data")
 
         with claimed(location) as lease, closing(base_model_process(decided)) as base_model:
 
             def make_plan(cluster: ClusterFacts) -> Plan:
                 plan = planned(decided, cluster)
+                startup.ended("plan")
                 check_shared(plan)
+                startup.ended("shared folder")
+                ahead.start()
+                startup.ended("training imports")
                 with render.err().status("making the model ready"):
                     notes, fingerprint = base_model.wait()
+                startup.ended("model ready")
                 for note in notes:
                     render.note(note)
                 plan = with_fingerprint(plan, fingerprint)
                 create_run_folder(plan, loaded)
                 remote.begin(plan, decided.facts)
+                startup.ended("folder")
                 return plan
 
             launch(lease, address, make_plan)

@@ -3,20 +3,55 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from launcher.cli import render
-from launcher.cli.arguments import Json
+from launcher.cli.arguments import JobsAddressOrNone, Json, SshConfig
 
 
 def command(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Where runs are: a folder or a URL")] = "runs",
+    address: JobsAddressOrNone = None,
+    ssh_config: SshConfig = None,
     as_json: Json = False,
 ) -> None:
-    """List runs: steps done, last losses, how they ended."""
+    """List runs: steps done, last losses, how they ended; or with --address a cluster's jobs."""
+    if address is None:
+        list_runs(folder, as_json)
+    else:
+        list_jobs(address, ssh_config, as_json)
+
+
+def list_jobs(address: str, ssh_config: Path | None, as_json: bool) -> None:
+    """Print the jobs of a cluster, the oldest first. Raises ClusterError where it does not answer."""
+    from launcher.cluster.jobs import exit_code, reached
+
+    with reached(address, ssh_config, render.note) as jobs:
+        found = [
+            {
+                "job": job.submission_id,
+                "status": job.status.lower(),
+                "exit_code": exit_code(job) if job.status.is_terminal() else None,
+                "since": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime((job.start_time or 0) / 1000)),
+                "run": (job.metadata or {}).get("run"),
+            }
+            for job in jobs.submitted()
+        ]
+    if as_json:
+        render.print_json(found)
+    elif not found:
+        render.note(f"no jobs at {address}")
+    else:
+        rows = [["-" if value is None else render.printable(str(value)) for value in job.values()] for job in found]
+        render.print_columns([("job", "status", "exit code", "since", "run"), *rows])
+
+
+def list_runs(folder: str, as_json: bool) -> None:
+    """Print the runs in a folder or below a URL. Raises RunFolderError where it cannot be read."""
     from launcher.cli.launch import place
     from launcher.driver.resume import existing_plan, latest_verdict, names_of_runs
     from launcher.driver.start import whole_location, writable

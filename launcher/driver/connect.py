@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from launcher.errors import ClusterError
 from launcher.plan.facts import ClusterFacts, NodeFacts, this_machine
+
+log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 20
 OBJECT_STORE_BYTES = 128 * 2**20
@@ -45,17 +49,21 @@ def connected(address: str | None) -> Iterator[ClusterFacts]:
         os.environ.setdefault(name, value)
     import ray
 
+    no_errors_on_stdout()
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     try:
         if target is None:
             os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a few local workers: notice at once
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                num_cpus=this_machine().cpus,
-                object_store_memory=OBJECT_STORE_BYTES,
-                **quiet,
-            )
+            # Its machines are told to nobody beforehand that they will be taken away: there is one, this one.
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+            with no_api_server():
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    num_cpus=this_machine().cpus,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    **quiet,
+                )
         else:
             os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(CONNECT_TIMEOUT_S))
             ray.init(address=target, **quiet)
@@ -73,6 +81,38 @@ def connected(address: str | None) -> Iterator[ClusterFacts]:
         yield cluster_facts()
     finally:
         ray.shutdown()
+
+
+def no_errors_on_stdout() -> None:
+    """Have Ray log what it would print on stdout, which is for our results: every death of a process, with the last 20
+    lines of the raylet's log. The run itself says what happened. Ray 2.60 has no setting for it."""
+    from ray._private import worker
+
+    def to_log(data: dict[str, Any], ignore_prefix: bool) -> None:
+        log.info("Ray: %s", "\n".join(data["lines"]))
+
+    worker.print_to_stdstream = to_log
+
+
+@contextlib.contextmanager
+def no_api_server() -> Iterator[None]:
+    """Within the block Ray is started without its API server and autoscaler, which a Ray of our own has no use for.
+
+    `include_dashboard=False` takes away the API server's pages, not its start: Ray waits for that before it starts
+    anything else, 2 s of two processes here. Ray 2.60 has no setting for it.
+    """
+    from ray._private.node import Node
+
+    kept = Node.start_api_server, Node.start_monitor
+
+    def without(node: Any, **settings: Any) -> None:
+        node._webui_url = ""
+
+    Node.start_api_server, Node.start_monitor = without, without
+    try:
+        yield
+    finally:
+        Node.start_api_server, Node.start_monitor = kept
 
 
 def authenticate(target: str | None) -> None:
@@ -93,21 +133,36 @@ def authenticate(target: str | None) -> None:
 
 
 def cluster_facts() -> ClusterFacts:
-    """The living nodes of the connected cluster with what nobody uses there, the one this process runs on first."""
+    """The living nodes of the connected cluster with what nobody uses there, the one this process runs on first.
+
+    A node that is about to be taken away is not among them.
+    """
     import ray
-    from ray._private.state import available_resources_per_node
+    from ray._private.state import available_resources_per_node, state
 
     here = ray.get_runtime_context().get_node_id()
     free: dict[str, dict[str, float]] = available_resources_per_node()
-    names = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
-    nodes = sorted(names, key=lambda node: (node != here, names[node]))
-    return ClusterFacts(
-        tuple(
-            NodeFacts(
-                host=names[node],
-                cpus=int(free.get(node, {}).get("CPU", 0)),
-                gpus=int(free.get(node, {}).get("GPU", 0)),
-            )
-            for node in nodes
+    leaving = state.get_draining_nodes()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+
+    def facts(node: dict[str, Any]) -> NodeFacts:
+        unused = free.get(node["NodeID"], {})
+        cpus, gpus = int(unused.get("CPU", 0)), int(unused.get("GPU", 0))
+        return NodeFacts(
+            host=node["NodeManagerHostname"],
+            cpus=cpus,
+            gpus=gpus,
+            used_cpus=int(node["Resources"].get("CPU", 0)) - cpus,
+            used_gpus=int(node["Resources"].get("GPU", 0)) - gpus,
+            id=node["NodeID"],
+            address=node["NodeManagerAddress"],
         )
+
+    return ClusterFacts(
+        tuple(sorted(map(facts, nodes), key=lambda node: (node.id != here, _by_number(node.host), node.id)))
     )
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sorts worker-2 before worker-10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

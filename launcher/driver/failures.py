@@ -21,12 +21,21 @@ COLLATERAL = (
     "gloo",
 )
 """What collectives say in a rank whose neighbour is gone."""
+DEATHS = {
+    # Whether the machine itself or only its raylet is gone looks the same from the head.
+    "its node has died": "its machine was lost: it is off, cut off, or Ray on it ended",
+    "running low on memory": "Ray killed its process, as the machine was running out of memory",
+    # SIGKILL and a crash look the same to Ray; a crash leaves its trace in the log whose last lines follow.
+    "connection error code 2": "its process was killed, as the kernel does when memory runs out, or it crashed",
+    "ray.kill": "its process was killed through Ray",
+}
+"""What Ray 2.60 says of a dead actor, the telling words first, and what that means to a person."""
 LAST_LINES = 12
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One rank's end. `died`: the process was gone without an exception (killed, out of memory, lost node)."""
+    """One rank's end. `died`: the process was gone without an exception, and `message` says what Ray knows of it."""
 
     rank: int
     host: str | None
@@ -56,23 +65,36 @@ def collect(
 
     `hosts` are the ranks' machines, as the run wrote them down when it started.
     """
-    from ray.exceptions import RayActorError
-
     latest = {int(record["rank"]): record for record in recorded}
     found = []
     for rank, error in worker_failures.items():
         # Ray Train wraps the death of a worker in its own failed health check.
-        died = isinstance(getattr(error, "health_check_failure", error), RayActorError)
-        record = latest.get(rank) if not died else None
-        message = f"{record['type']}: {record['message']}" if record else _first_line(error, died)
+        fate = death(getattr(error, "health_check_failure", error))
+        record = latest.get(rank) if fate is None else None
+        message = f"{record['type']}: {record['message']}" if record else fate or _last_line(error)
         host = record["host"] if record else hosts[rank] if rank < len(hosts) else None
-        found.append(Failure(rank, host, message, record["time"] if record else None, died))
+        found.append(Failure(rank, host, message, record["time"] if record else None, fate is not None))
     return found
 
 
-def _first_line(error: BaseException, died: bool) -> str:
-    if died:
-        return "the process died (killed, out of memory, or its node was lost)"
+def death(error: BaseException) -> str | None:
+    """What became of a worker's process, by what Ray says of it; None where the worker raised an error of its own."""
+    from ray.exceptions import ActorUnavailableError, NodeDiedError, OutOfMemoryError, RayActorError
+
+    if isinstance(error, OutOfMemoryError):
+        return "Ray killed its process, as the machine was running out of memory"
+    if isinstance(error, ActorUnavailableError):
+        return "the connection to its process was lost"
+    if not isinstance(error, (RayActorError, NodeDiedError)):
+        return None
+    said = str(error)
+    for words, meaning in DEATHS.items():
+        if words in said:
+            return meaning
+    return "its process died"
+
+
+def _last_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
@@ -84,13 +106,17 @@ def recorded_failures(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
 
+def restarted(attempts: int) -> str:
+    """A further line of such a message; empty where the first failure was the last."""
+    times = "once" if attempts == 1 else f"{attempts} times"
+    return f"\nthe run was restarted {times} from its last checkpoint before giving up" if attempts else ""
+
+
 def describe(cause: Failure, run_dir: Path, attempts: int) -> str:
     """The message of a failed run: root cause first, then the last lines that rank printed."""
     where = f" on {cause.host}" if cause.host else ""
     text = f"rank {cause.rank}{where} failed: {cause.message}"
-    if attempts:
-        times = "once" if attempts == 1 else f"{attempts} times"
-        text += f"\nthe run was restarted {times} from its last checkpoint before giving up"
+    text += restarted(attempts)
     log = run_dir / "logs" / f"worker-{cause.rank}.log"
     if log.exists():
         last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from launcher.driver import secrets
 from launcher.driver.connect import cluster_address, connected
 from launcher.errors import RunFailed, SlipwayError
 from launcher.plan.facts import ClusterFacts
@@ -68,6 +69,7 @@ def cluster_for(
         ) -> Iterator[Any]:
             if items and not facts:
                 facts.append(connection.enter_context(connected(address)))
+                connection.enter_context(secrets.offered())
             if items:
                 yield from over_cluster(task, items, keep)
 
@@ -123,6 +125,7 @@ class _Worker:
     def __init__(self, task: Any, driver_host: str) -> None:
         import ray
 
+        secrets.fetch()
         self._task: Callable[[Any], Any] = ray.get(task)
         host = socket.gethostname()
         self._place = f" (on {host})" if host != driver_host else ""

@@ -163,14 +163,10 @@ def continued(plan: Plan, loaded: LoadedRecipe, cluster: ClusterFacts, asks_for_
 
 
 def fits(plan: Plan, cluster: ClusterFacts) -> bool:
-    """Whether the cluster can hold the layout that the run had."""
-    layout = plan.layout
-    if layout.device == "cuda":
-        return cluster.gpus >= layout.workers
-    return (
-        choose_device(cluster) == "cpu"
-        and sum(node.cpus // layout.cpus_per_worker for node in cluster.nodes) >= layout.workers
-    )
+    """Whether the cluster can hold the layout that the run had, at its smallest."""
+    layout, gpu = plan.layout, plan.layout.device == "cuda"
+    same = choose_device(cluster) == layout.device
+    return same and cluster.room(layout.cpus_per_worker, gpu) >= layout.min_workers
 
 
 def refuse_trajectory_keys(overrides: list[str], location: str | Path) -> None:

@@ -27,6 +27,7 @@ from launcher.plan.resolve_data import resolve_data
 from launcher.plan.size import parameter_count
 from launcher.recipe.load import LoadedRecipe
 from launcher.store.location import is_url, local_folder, open_store, run_url
+from launcher.train import startup
 
 if TYPE_CHECKING:
     from launcher.data.prepare.work import Progress
@@ -96,6 +97,7 @@ def decide(loaded: LoadedRecipe, location: str | Path, report: Progress | None, 
     """
     from launcher.data.prepare import prepare
 
+    startup.ended("data imports")
     location = whole_location(str(location))
     run_dir = local_folder(location)
     model = pinned(resolve_model(loaded, run_dir))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import tempfile
 import threading
@@ -18,19 +19,27 @@ from types import FrameType
 from typing import Any
 
 from launcher.checkpoint.lease import current
-from launcher.driver import remote
-from launcher.driver.failures import collect, describe, recorded_failures, root_cause
+from launcher.driver import remote, secrets
+from launcher.driver.failures import collect, describe, recorded_failures, restarted, root_cause
 from launcher.driver.signals import handled, must_end_soon
+from launcher.driver.watch import Watcher, watching
 from launcher.errors import Interrupted, RunFailed, SlipwayError, Superseded
 from launcher.plan.plan import Plan
 from launcher.store.location import open_store
+from launcher.train import startup
 from launcher.train.metrics import FILE as METRICS_FILE
 from launcher.train.metrics import read
 from launcher.train.verdict import Verdict, forget
 
 Listener = Callable[[dict[str, Any]], None]
-"""Called with every new line of metrics.jsonl, and with {"kind": "stopping"} when a stop has been asked for."""
+"""Called with every new line of metrics.jsonl, with {"kind": "stopping"} when a stop has been asked for, and with
+{"kind": "lost"}, {"kind": "waiting"} and {"kind": "growing"} when machines are gone, missed or there again, and with
+{"kind": "hanging"} when ranks stand still."""
 POLL_S = 0.2
+EVENTS = "events.jsonl"
+"""Beside what Ray Train keeps: what the policy in its controller has to say, see `driver.elastic`."""
+START_TIMEOUT_S = 30
+"""Workers are started only where there was room a moment before; Ray would wait a minute for what is gone by then."""
 GLOO_TIMEOUT_S = 1800
 
 
@@ -51,19 +60,25 @@ def fit(plan: Plan, launch: int, listener: Listener) -> Verdict:
         (run_dir / "logs" / "failures.jsonl").unlink(missing_ok=True)
     lines, stopping = follow(run_dir / METRICS_FILE), Stopping(plan, launch, listener)
     with tempfile.TemporaryDirectory(prefix="slipway-ray-", ignore_cleanup_errors=True) as scratch:
-        training = Training(build_trainer(plan, launch, scratch))
-        with handled(stopping.on_signal), remote.mirrored_metrics(plan, launch):
+        events = follow(Path(scratch) / EVENTS)
+        mirrored = remote.mirrored_metrics(plan, launch)
+        with handled(stopping.on_signal), mirrored, secrets.offered(), watching(plan, launch) as watcher:
+            training = Training(build_trainer(plan, launch, scratch, watcher))
             training.start()
             while training.is_alive():
                 training.join(POLL_S)
                 for record in next(lines):
                     stopping.heard(record)
+                for event in next(events):
+                    stopping.told(event)
+                for event in watcher.said():
+                    listener(event)
                 stopping.act()
     for record in next(lines):
         stopping.heard(record)
     verdict = training.verdict or remote.found_verdict(plan, launch)
     if verdict is None:
-        raise named_failure(training.error, plan, launch)
+        raise named_failure(training.error, plan, launch, watcher.blamed)
     number = stopping.signals[0] if stopping.signals else signal.SIGINT
     if verdict.kind == "stopped":
         raise Interrupted(verdict.message, hint=f"slipway resume {plan.location}", exit_code=128 + number)
@@ -106,15 +121,23 @@ class Stopping:
         self.saved: int | None = None
         """Step of the newest checkpoint, as far as the workers have told."""
         self.begun = False
+        self.waiting = False
+        """For room: there are no workers who could save."""
 
     def heard(self, record: dict[str, Any]) -> None:
         """Pass a line of metrics.jsonl on, unless workers of another launch wrote it that have not ended yet."""
         if str(record.get("attempt")).partition(".")[0] != str(self.launch):
             return
         self.begun = self.begun or record["kind"] == "start"
+        self.waiting = self.waiting and record["kind"] != "start"
         if record["kind"] in ("start", "checkpoint"):
             self.saved = record["step"] or None
         self.listener(record)
+
+    def told(self, event: dict[str, Any]) -> None:
+        """Pass on what the policy in Ray's controller has to say."""
+        self.waiting = self.waiting or event["kind"] == "waiting"
+        self.listener(event)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Handler of SIGINT and SIGTERM. What follows from it is for `act`: what is raised here may get lost."""
@@ -132,6 +155,8 @@ class Stopping:
     def _answer(self, number: int) -> None:
         if not self.begun and not remote.has_begun(self.plan, self.launch):
             raise self._interrupted("stopped before the first step", number)
+        if self.waiting:
+            raise self._interrupted(f"stopped while waiting for room; {self._lost()}", number)
         if self.answered > 1:
             raise self._interrupted(f"stopped at once; {self._lost()}", number)
         name = signal.Signals(number).name
@@ -151,34 +176,34 @@ class Stopping:
         return Interrupted(message, hint=f"slipway resume {self.plan.location}", exit_code=128 + number)
 
 
-def build_trainer(plan: Plan, launch: int, scratch: str) -> Any:
-    """Ray's TorchTrainer for a Plan: one worker a rank, nodes filled in order, failures bounded.
+def build_trainer(plan: Plan, launch: int, scratch: str, watcher: Watcher) -> Any:
+    """Ray's TorchTrainer for a Plan: one worker a rank; where, how many and how often is for `driver.elastic`.
 
     `scratch` is a folder on this machine for what Ray Train keeps: nothing, as no checkpoint goes through it. Ray wants
     it shared by all nodes only for those, and its controller, which runs here, dies where it cannot be written: so it
     is not the run's folder, whose disk may fill up or vanish.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import RunConfig
 
+    from launcher.driver.elastic import Terms
     from launcher.driver.network import InterfaceTorchConfig
     from launcher.driver.ray_train import Trainer
     from launcher.driver.worker import train_worker
 
-    layout, gpu = plan.layout, plan.layout.device == "cuda"
-    resources = {"CPU": float(layout.cpus_per_worker)} | ({"GPU": 1.0} if gpu else {})
+    startup.ended("training imports")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
+    gpu = plan.layout.device == "cuda"
     return Trainer(
         train_worker,
-        train_loop_config={"plan": plan.model_dump(mode="json"), "launch": launch},
-        scaling_config=ScalingConfig(
-            num_workers=layout.workers, use_gpu=gpu, resources_per_worker=resources, placement_strategy="PACK"
+        train_loop_config={"plan": plan.model_dump(mode="json"), "launch": launch, "startup": startup.so_far()},
+        terms=Terms.of(plan, str(Path(scratch) / EVENTS)),
+        run_config=RunConfig(name="ray", storage_path=scratch),
+        torch_config=InterfaceTorchConfig(
+            backend="nccl" if gpu else "gloo",
+            timeout_s=GLOO_TIMEOUT_S,
+            watch=watcher.actor,
+            beat_every_s=watcher.every_s,
         ),
-        run_config=RunConfig(
-            name="ray",
-            storage_path=scratch,
-            # The default of -1 would retry a controller that cannot place its workers for ever.
-            failure_config=FailureConfig(max_failures=plan.lifecycle.max_failures, controller_failure_limit=3),
-        ),
-        torch_config=InterfaceTorchConfig(backend="nccl" if gpu else "gloo", timeout_s=GLOO_TIMEOUT_S),
     )
 
 
@@ -203,8 +228,8 @@ def follow(path: Path) -> Iterator[list[dict[str, Any]]]:
         yield records
 
 
-def named_failure(error: BaseException | None, plan: Plan, launch: int) -> SlipwayError:
-    """The error that a failed run ends with, its root cause first."""
+def named_failure(error: BaseException | None, plan: Plan, launch: int, hang: str | None = None) -> SlipwayError:
+    """The error that a failed run ends with, its root cause first: the `hang` that its last workers were killed for."""
     run_dir = Path(plan.run_dir)
     with contextlib.suppress(OSError, SlipwayError):
         latest = current(open_store(plan.location))
@@ -213,8 +238,13 @@ def named_failure(error: BaseException | None, plan: Plan, launch: int) -> Slipw
                 f"another launcher has taken {plan.location} over: this one trains no more",
                 hint="nothing is lost: the other one goes on",
             )
+    given_up = getattr(error, "controller_failure", None)
+    if isinstance(given_up, SlipwayError):  # by the policy, in the controller
+        return given_up
     worker_failures = getattr(error, "worker_failures", None)
     hint = f"mend the cause, then: slipway resume {plan.location}"
+    if hang is not None:
+        return RunFailed(f"the run hung: {hang}{restarted(plan.lifecycle.max_failures)}", hint=hint)
     if worker_failures:
         hosts: list[str] = []
         recorded: list[dict[str, Any]] = []

@@ -27,12 +27,15 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from launcher.checkpoint.lease import current
+from launcher.driver import secrets
 from launcher.driver.remote import bring_metrics, found_verdict
 from launcher.errors import SlipwayError, Superseded
 from launcher.plan.plan import Plan
 from launcher.store.durable import write_all
 from launcher.store.location import is_url, open_store
 from launcher.store.spool import pull
+from launcher.train import startup
+from launcher.train.beat import ENDED, STARTING, mark
 from launcher.train.stop import watch_store
 from launcher.train.verdict import FILE as VERDICT_FILE
 from launcher.train.verdict import Verdict
@@ -52,6 +55,9 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
     error is recorded with its time, so that the driver can tell the first from those it caused in other ranks, and
     raised for Ray to count.
     """
+    startup.ended("process group")
+    startup.go_on(config.get("startup", []))
+    secrets.fetch()
     import ray.train
     from ray.train.collective import broadcast_from_rank_zero
 
@@ -62,6 +68,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
             Path(plan.run_dir).mkdir(parents=True, exist_ok=True)
     redirect_output(Path(plan.run_dir) / "logs" / f"worker-{rank}.log")
     with recording(plan, launch, rank):
+        mark(STARTING)
         bring_files(plan)
         if rank == 0 and is_url(plan.location):
             bring_metrics(plan)
@@ -70,7 +77,12 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any] | None:
         verdict = found_verdict(plan, launch) if rank == 0 else None
         if broadcast_from_rank_zero(verdict is not None):
             return asdict(verdict) if verdict is not None else None
+        startup.ended("first lines")
+        import deepspeed  # noqa: F401  # here, to tell it from the engine's own time
+
         from launcher.train.run import train_run
+
+        startup.ended("library imports")
 
         with stop_requests(plan) if rank == 0 else contextlib.nullcontext():
             verdict = replace(train_run(plan, launch), launch=launch)
@@ -94,6 +106,8 @@ def recording(plan: Plan, launch: int, rank: int) -> Iterator[None]:
     except Exception as error:
         record_failure(plan, launch, rank, error)
         raise
+    finally:
+        mark(ENDED)
 
 
 def redirect_output(log_file: Path) -> None:

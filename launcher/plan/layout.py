@@ -6,9 +6,9 @@ import importlib.util
 from typing import Literal
 
 from launcher.errors import ClusterError
-from launcher.plan.facts import ClusterFacts
+from launcher.plan.facts import ClusterFacts, shortage
 from launcher.plan.plan import Dtype, LayoutPlan
-from launcher.recipe.schema import Recipe
+from launcher.recipe.schema import Recipe, Workers
 
 LARGE = 2_000_000_000
 """Parameters from which full training's state (16 bytes each) is spread over the ranks with the parameters
@@ -18,8 +18,8 @@ TOKENS_PER_MICRO_BATCH = {"cpu": 4096, "cuda": 8192}
 
 
 def choose_device(cluster: ClusterFacts) -> str:
-    """GPUs where there are any."""
-    return "cuda" if cluster.gpus else "cpu"
+    """GPUs where there are any, also while others use them: a run that waits for one must not end up on CPUs."""
+    return "cuda" if cluster.has_gpus else "cpu"
 
 
 def choose_dtype(recipe: Recipe, device: str) -> tuple[Dtype, str | None]:
@@ -38,13 +38,13 @@ def resolve_layout(
         ClusterError: the cluster has too few CPUs or GPUs for the workers asked for.
     """
     device = choose_device(cluster)
-    workers = _workers(recipe, cluster, device, reasons)
-    cpus = _cpus_per_worker(recipe, cluster, device, workers, reasons)
-    _check_room(cluster, device, workers, cpus)
+    least, workers = _workers(recipe, cluster, device, reasons)
+    cpus = _cpus_per_worker(recipe, cluster, device, (least, workers), reasons)
+    _check_room(cluster, device, least, cpus)
     zero = _zero(recipe, workers, dtype, parameters, reasons)
     if recipe.parallel.offload == "auto":
         reasons["parallel.offload"] = "none unless asked for"
-    per_rank = -(-recipe.train.global_batch_size // workers)
+    per_rank = -(-recipe.train.global_batch_size // least)  # of more workers each takes less: see plan.batch
     micro = recipe.train.micro_batch_size
     if micro == "auto":
         budget = TOKENS_PER_MICRO_BATCH[device]
@@ -56,6 +56,7 @@ def resolve_layout(
         reasons["train.gradient_checkpointing"] = "on for models of 1B parameters or more on GPUs"
     return LayoutPlan(
         workers=workers,
+        min_workers=least,
         device="cuda" if device == "cuda" else "cpu",
         cpus_per_worker=cpus,
         zero=zero,
@@ -98,37 +99,44 @@ def _kernels(recipe: Recipe, device: str, reasons: dict[str, str]) -> Literal["f
     return "fused" if device == "cuda" else "eager"
 
 
-def _workers(recipe: Recipe, cluster: ClusterFacts, device: str, reasons: dict[str, str]) -> int:
-    if recipe.cluster.workers != "auto":
-        return recipe.cluster.workers
+def _workers(recipe: Recipe, cluster: ClusterFacts, device: str, reasons: dict[str, str]) -> tuple[int, int]:
+    """The least and the most."""
+    workers = recipe.cluster.workers
+    if isinstance(workers, Workers):
+        return workers.min, workers.max
+    if workers != "auto":
+        return workers, workers
     reasons["cluster.workers"] = "one a GPU" if device == "cuda" else "one process uses all CPUs of a machine best"
-    return cluster.gpus if device == "cuda" else 1
+    number = max(cluster.gpus, 1) if device == "cuda" else 1
+    return number, number
 
 
-def _cpus_per_worker(recipe: Recipe, cluster: ClusterFacts, device: str, workers: int, reasons: dict[str, str]) -> int:
+def _cpus_per_worker(
+    recipe: Recipe, cluster: ClusterFacts, device: str, workers: tuple[int, int], reasons: dict[str, str]
+) -> int:
     if recipe.cluster.cpus_per_worker != "auto":
         return recipe.cluster.cpus_per_worker
     if device == "cuda":
         reasons["cluster.cpus_per_worker"] = "one to feed a GPU"
         return 1
+    least, most = workers
     reasons["cluster.cpus_per_worker"] = "the CPUs shared out over the workers"
+    if least < most:
+        reasons["cluster.cpus_per_worker"] += ", as if one ran on each machine that is here now"
+    number = max(least, min(most, len(cluster.nodes)))
     # A worker never spans machines: the largest share that still lets all of them fit somewhere.
-    for cpus in range(max(node.cpus for node in cluster.nodes), 0, -1):
-        if sum(node.cpus // cpus for node in cluster.nodes) >= workers:
+    for cpus in range(max((node.cpus for node in cluster.nodes), default=0), 0, -1):
+        if cluster.room(cpus, gpu=False) >= number:
             return cpus
     return 1
 
 
 def _check_room(cluster: ClusterFacts, device: str, workers: int, cpus: int) -> None:
-    if device == "cuda":
-        room = sum(min(node.gpus, node.cpus // cpus) for node in cluster.nodes)
-        need = f"{workers} workers of 1 GPU and {cpus} CPUs"
-    else:
-        room = sum(node.cpus // cpus for node in cluster.nodes)
-        need = f"{workers} workers of {cpus} CPUs"
+    gpu = device == "cuda"
+    room = cluster.room(cpus, gpu)
     if workers > room:
         raise ClusterError(
-            f"the run needs {need}; the cluster has room for {room} ({cluster})",
+            f"the run needs {shortage(cluster, workers, cpus, gpu)}",
             hint=f"set cluster.workers to at most {room}" if room else "free the cluster, or add nodes to it",
         )
 

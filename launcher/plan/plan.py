@@ -229,6 +229,9 @@ class LayoutPlan(Part):
     """Where the numbers are computed; may differ on resume."""
 
     workers: int
+    """The most that run at once."""
+    min_workers: int
+    """The least; fewer than `workers` where the run may change its size."""
     device: Literal["cpu", "cuda"]
     cpus_per_worker: int
     zero: Stage
@@ -259,6 +262,8 @@ class Lifecycle(Part):
     eval_max_rows: int | None
     generate: GeneratePlan | None
     checkpoint_every_steps: int
+    checkpoint_within_s: float | None
+    """And at the latest so long after the last one; None where the recipe names the steps."""
     keep_last: int
     keep_best: int
     keep_every: int | None
@@ -269,12 +274,19 @@ class Lifecycle(Part):
     audit: Literal["strict", "warn", "off"]
     """What a finding before the first step does."""
     max_failures: int
+    wait_s: float
+    """How long a run waits for room for its workers, such as the return of a lost node, before it fails."""
+    hang_timeout_s: float | None
+    """How long no rank may make progress; None: nobody watches."""
     export: bool
     merge: bool
     max_shard_size: str
 
 
-EARLIER: dict[str, dict[str, Any]] = {"layout": {"kernels": "eager"}, "lifecycle": {"audit": "strict"}}
+EARLIER: dict[str, dict[str, Any]] = {
+    "layout": {"kernels": "eager"},
+    "lifecycle": {"audit": "strict", "checkpoint_within_s": None, "wait_s": 600.0, "hang_timeout_s": 600.0},
+}
 """What a plan.json of an earlier version does not say."""
 
 
@@ -299,10 +311,12 @@ class Plan(Part):
     @model_validator(mode="before")
     @classmethod
     def _of_earlier(cls, values: Any) -> Any:
-        """Runs that were begun before there were kernels and an audit go on without the former."""
+        """Runs that were begun before there were kernels and an audit go on without the former, and at their size."""
         if not isinstance(values, dict):
             return values
         parts = {name: EARLIER[name] | part for name in EARLIER if isinstance(part := values.get(name), dict)}
+        if "workers" in parts.get("layout", {}):
+            parts["layout"] = {"min_workers": parts["layout"]["workers"]} | parts["layout"]
         return values | parts
 
     def save(self, path: Path) -> None:

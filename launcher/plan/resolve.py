@@ -28,6 +28,8 @@ from launcher.recipe.load import LoadedRecipe, resolve_path
 from launcher.recipe.schema import Recipe
 from launcher.units import parse_bytes, parse_seconds
 
+CHECKPOINT_WITHIN_S = 1800.0
+"""A tenth of a run of weeks is days: docs/decisions/0019 has what that costs."""
 EVENTS_PER_RUN = 10
 """Evaluations and checkpoints of a run whose recipe names no interval."""
 
@@ -89,15 +91,17 @@ def resolve(
 
 def origins(loaded: LoadedRecipe, reasons: Mapping[str, str]) -> dict[str, str]:
     """{recipe key: where its value comes from}, the planner's reason where the recipe said auto or nothing."""
-    found = {f"{section}.{key}": "default" for section, key in _schema_keys()}
+    # Of a key that was written in parts, such as cluster.workers.min, where the first of them was.
+    parts = {".".join(key.split(".")[:2]): str(origin) for key, origin in reversed(loaded.origins.items())}
+    found = {key: parts.get(key, "default") for key in _schema_keys()}
     found |= {key: str(origin) for key, origin in loaded.origins.items()}
     return found | {key: f"planner: {reason}" for key, reason in reasons.items()}
 
 
-def _schema_keys() -> list[tuple[str, str]]:
+def _schema_keys() -> list[str]:
     sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
     return [
-        (name, key)
+        f"{name}.{key}"
         for name, section in sections.items()
         if hasattr(section, "model_fields")
         for key in section.model_fields  # type: ignore[union-attr]
@@ -194,6 +198,8 @@ def resolve_lifecycle(recipe: Recipe, facts: DataFacts, reasons: dict[str, str])
     ):
         if value is None:
             reasons[key] = f"a tenth of {total} steps"
+    if recipe.checkpoint.every_steps is None:
+        reasons["checkpoint.every_steps"] += f", and every {CHECKPOINT_WITHIN_S / 60:g} minutes"
     if evaluate.generate is not None and facts.test_documents == 0:
         raise DataError("evaluate.generate is set and data.test has no usable row", hint="name a file in data.test")
     generate: dict[str, Any] | None = evaluate.generate.model_dump() if evaluate.generate else None
@@ -211,6 +217,7 @@ def resolve_lifecycle(recipe: Recipe, facts: DataFacts, reasons: dict[str, str])
         eval_max_rows=evaluate.max_rows,
         generate=GeneratePlan(**generate) if generate else None,
         checkpoint_every_steps=recipe.checkpoint.every_steps or interval,
+        checkpoint_within_s=None if recipe.checkpoint.every_steps else CHECKPOINT_WITHIN_S,
         keep_last=recipe.checkpoint.keep_last,
         keep_best=recipe.checkpoint.keep_best,
         keep_every=recipe.checkpoint.keep_every,
@@ -219,6 +226,8 @@ def resolve_lifecycle(recipe: Recipe, facts: DataFacts, reasons: dict[str, str])
         log_every_steps=recipe.logging.every_steps,
         audit=recipe.audit,
         max_failures=recipe.cluster.max_failures,
+        wait_s=recipe.cluster.wait_s,
+        hang_timeout_s=recipe.cluster.hang_timeout_s,
         export=recipe.export.enabled,
         merge=merge,
         max_shard_size=recipe.export.max_shard_size,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from launcher.errors import UserError
-from launcher.recipe.schema import Recipe
+from launcher.recipe.schema import Recipe, Workers
 from launcher.recipe.schema_data import WORDING_PARTS, Data, HeldOut, Source
 from launcher.units import parse_bytes, parse_seconds
 
@@ -172,6 +172,16 @@ def _numbers(recipe: Recipe) -> Iterator[Conflict]:
         yield Conflict(("schedule.warmup",), message, "below 1 it is a share, otherwise a number of steps")
     if 1.0 in recipe.optimizer.betas:
         yield Conflict(("optimizer.betas",), "a beta of 1 never forgets its first value", "such as [0.9, 0.999]")
+    workers = recipe.cluster.workers
+    if isinstance(workers, Workers):
+        if workers.min > workers.max:
+            keys = ("cluster.workers.min", "cluster.workers.max")
+            message = f"{workers.min} is more than cluster.workers.max, {workers.max}"
+            yield Conflict(keys, message, "such as {min: 2, max: 16}")
+        elif workers.min < workers.max and recipe.optimizer.name == "adamw_8bit" and recipe.parallel.zero != 0:
+            message = "the 8-bit moments of adamw_8bit fit one number of workers only: the run cannot change its size"
+            hint = "give cluster.workers one number, or set optimizer.name to adamw, or parallel.zero to 0"
+            yield Conflict(("cluster.workers.min", "optimizer.name", "parallel.zero"), message, hint)
     if recipe.parallel.zero == 0 and recipe.parallel.offload == "cpu":
         keys = ("parallel.offload", "parallel.zero")
         yield Conflict(keys, "ZeRO 0 has nothing to offload", "set parallel.zero to 1, 2, 3 or auto")

@@ -152,7 +152,7 @@ class Checkpoint(Section):
     """When the run is saved and what is kept."""
 
     every_steps: PositiveInt | None = None
-    """Left out: ten times a run. The end, Ctrl-C and SIGTERM always save."""
+    """Left out: ten times a run, and every 30 minutes. The end, Ctrl-C and SIGTERM always save."""
     keep_last: PositiveInt = 2
     """How many of the newest are kept."""
     keep_best: Annotated[int, Field(ge=0)] = 1
@@ -167,15 +167,32 @@ class Checkpoint(Section):
     (Kubernetes and Slurm: 30 seconds unless told otherwise)."""
 
 
+class Workers(Section):
+    """The sizes that a run may have: it goes on with fewer where machines are lost, and with more where some join."""
+
+    min: PositiveInt
+    """The least: with room for fewer the run waits, see `wait_s`."""
+    max: PositiveInt
+    """The most."""
+
+
 class Cluster(Section):
     """Where it runs."""
 
-    workers: PositiveInt | Auto = "auto"
-    """Training processes; `auto` is one a GPU, or one in all where there is no GPU."""
+    workers: PositiveInt | Workers | Auto = "auto"
+    """Training processes; `auto` is one a GPU, or one in all where there is no GPU. `{min: 2, max: 16}`: as many as
+    there is room for, which may change while the run goes on. What it computes does not depend on their number."""
     cpus_per_worker: PositiveInt | Auto = "auto"
     """CPUs reserved for each; `auto` shares out what a node has."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """How often a run may go on from its last checkpoint after a failed worker."""
+    """How often in a row a run may go on from its last checkpoint after a failed worker; a new checkpoint between two
+    failures starts the count anew. A lost machine does not count, unless nothing was saved since the failure before."""
+    wait_s: Annotated[float, Field(gt=0)] = 600
+    """How long a run waits, in seconds, until a lost machine is back or another has joined; then it fails."""
+    hang_timeout_s: Annotated[float, Field(gt=0)] | None = 600
+    """After so many seconds in which no rank makes progress the run is looked into: stacks of all ranks go to its
+    logs, the culprit is named and killed, and the run goes on from its last checkpoint. Longer than the longest micro
+    batch takes, and shorter than the 1800 after which collectives give up. `null`: never."""
 
 
 class Logging(Section):

@@ -21,6 +21,7 @@ from launcher.data.loader import EvalData, TestRows
 from launcher.plan.plan import GeneratePlan
 from launcher.store.durable import replace_synced
 from launcher.train.agreement import agreed
+from launcher.train.beat import GENERATE, mark
 from launcher.train.loss import SupervisedLoss
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ def evaluate_loss(
         for i, batch in enumerate(data.micro_batches(token_budget, dist.get_world_size(), dist.get_rank())):
             if i % AGREE_EVERY == 0 and agreed(stopping(), device):
                 return None
+            mark("evaluate")
             loss_sum, correct = loss(batch)
             count = float(len(batch.targets))
             totals += torch.stack([loss_sum.double(), correct.double(), torch.tensor(count, device=device).double()])
@@ -90,6 +92,7 @@ def exact_match(
         for first in range(0, len(batches), world_size):
             if agreed(stopping(), device):
                 return None
+            mark(GENERATE)
             mine = batches[first + rank] if first + rank < len(batches) else batches[-1]
             texts = _answers(
                 engine.module, [rows[i].prompt_ids for i in mine], tokenizer, end_of_turn, settings, zero_stage, device

@@ -13,11 +13,14 @@ import torch.distributed as dist
 from launcher.data.loader import GlobalBatch, MicroBatch
 from launcher.errors import Superseded
 from launcher.plan.batch import BatchLayout
+from launcher.train import startup
 from launcher.train.agreement import agreed, agreed_on_time
+from launcher.train.beat import SUMS, doing, mark
 from launcher.train.engine import optimizer_step as step_engine
 from launcher.train.evaluate import evaluate_loss, exact_match
 from launcher.train.parts import Parts, Progress
 from launcher.train.probe import write_probe
+from launcher.train.request import ask_for_checkpoint, checkpoint_asked_for
 from launcher.train.saving import PATIENCE_S, checkpoint, report_saves, save_last
 from launcher.train.schedule import lr_factor
 from launcher.train.throughput import memory_bytes
@@ -32,6 +35,8 @@ class StepResult:
     """Mean over the global batch's supervised tokens."""
     accuracy: float
     stop: bool
+    save: bool
+    """A checkpoint has been asked for."""
     not_finite: str | None
     """What was not finite and in which rows; nothing is saved after it."""
     grad_norm: float | None = None
@@ -44,15 +49,19 @@ def train(parts: Parts, progress: Progress) -> Verdict:
     Raises Superseded where another launcher has taken the run over.
     """
     plan, life, resumed_at = parts.plan, parts.plan.lifecycle, progress.step
-    clock = time.monotonic() - progress.elapsed_s
+    clock, saved_at = time.monotonic() - progress.elapsed_s, time.monotonic()
     slow = False
     if progress.step == 0 and parts.test_rows is not None:
         progress.exact_match_before = answer_test_rows(parts, 0)
         if progress.exact_match_before is None:
             return Verdict("stopped", 0, "stopped before the first step")
+    startup.ended("answers before training")
     parts.watch.lap()
     while progress.step < life.total_steps:
         step, began = progress.step, time.monotonic()
+        if life.checkpoint_within_s is not None and began - saved_at >= life.checkpoint_within_s:
+            ask_for_checkpoint()
+        mark("data", step + 1)
         global_batch = parts.train_data.global_batch(step)
         learning_rate = plan.trajectory.optimizer.lr * lr_factor(plan.trajectory.schedule, step, life.total_steps)
         result = optimizer_step(parts, step, global_batch, learning_rate, interruptible=slow)
@@ -69,9 +78,11 @@ def train(parts: Parts, progress: Progress) -> Verdict:
                 exit_code=1,
             )
         progress.step += 1
+        doing.warm = True
         progress.tokens += global_batch.tokens
         progress.supervised_tokens += global_batch.supervised_tokens
         progress.elapsed_s = time.monotonic() - clock
+        report_startup(parts)
         last = progress.step == life.total_steps
         limited = agreed_on_time(parts, progress.elapsed_s, time.monotonic() - began)
         slow, out_of_time = limited.slow, limited.over
@@ -87,13 +98,22 @@ def train(parts: Parts, progress: Progress) -> Verdict:
             return end(parts, progress, "finished" if last else "out_of_time")
         if not measured:
             return stop(parts, progress, resumed_at)
-        if progress.step % life.checkpoint_every_steps == 0:
+        if progress.step % life.checkpoint_every_steps == 0 or result.save:
             checkpoint(parts, progress)
+            saved_at = time.monotonic()
     return end(parts, progress, "finished", saved=resumed_at == progress.step)
+
+
+def report_startup(parts: Parts) -> None:
+    """After the first step of a launch: write where the time before it went."""
+    startup.ended("first step")
+    if (told := startup.conclude()) is not None:
+        parts.log.write("startup", **told)
 
 
 def stop(parts: Parts, progress: Progress, resumed_at: int) -> Verdict:
     """Save what has been done, as soon as can be."""
+    mark("checkpoint")
     parts.saver.join()
     report_saves(parts)
     done = progress.step == resumed_at or parts.saver.newest == progress.step
@@ -183,15 +203,18 @@ def agree(
 
     Raises Superseded.
     """
+    mark(SUMS)
     finite = torch.isfinite(losses)
     totals = torch.cat(
         [
             torch.stack([losses.double().sum(), correct.double(), (~finite).sum().double()]),
-            torch.tensor([parts.stopping(), parts.saver.superseded], device=parts.device).double(),
+            torch.tensor(
+                [parts.stopping(), parts.saver.superseded, checkpoint_asked_for()], device=parts.device
+            ).double(),
         ]
     )
     dist.all_reduce(totals)
-    loss_total, correct_total, num_bad, stops, superseded = totals.tolist()
+    loss_total, correct_total, num_bad, stops, superseded, saves = totals.tolist()
     if superseded:
         raise Superseded(
             f"another launcher has taken {parts.plan.location} over", hint="stop this launcher, the other one goes on"
@@ -205,7 +228,7 @@ def agree(
         rows = [where for part in gathered for where in part]
         shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
         not_finite = f"the loss of step {step + 1} is {loss}; rows: {shown}"
-    return StepResult(loss, accuracy, bool(stops), not_finite)
+    return StepResult(loss, accuracy, bool(stops), bool(saves), not_finite)
 
 
 def log_step(parts: Parts, progress: Progress, global_batch: Any, result: StepResult, learning_rate: float) -> None:

@@ -144,6 +144,17 @@ def last_of_each_step(run_dir: Path, kind: str = "step") -> dict[int, dict[str, 
     return {record["step"]: record for record in read(run_dir) if record["kind"] == kind}
 
 
+def latest_start(run_dir: Path) -> dict[str, Any] | None:
+    """The line of the latest start; None where there is none, or none that can be read."""
+    latest = None
+    with contextlib.suppress(OSError), (run_dir / FILE).open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if '"kind": "start"' in line:  # the other lines of a long run are not worth the second they take
+                with contextlib.suppress(json.JSONDecodeError):
+                    latest = json.loads(line)
+    return latest
+
+
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     try:
         file = path.open(encoding="utf-8", errors="replace")

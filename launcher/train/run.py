@@ -39,12 +39,15 @@ from launcher.plan.plan import Plan
 from launcher.store.location import open_store
 from launcher.store.spool import Spool
 from launcher.store.store import Store
+from launcher.train import startup
+from launcher.train.beat import AUDITING, BUILDING, CONCLUDING, LOADING, RESUMING, doing, mark
 from launcher.train.engine import build_engine, join_communication
 from launcher.train.evaluate import evaluating
 from launcher.train.loop import train
 from launcher.train.loss import SupervisedLoss
-from launcher.train.metrics import MetricsLog
+from launcher.train.metrics import MetricsLog, latest_start
 from launcher.train.parts import Parts, Progress
+from launcher.train.resize import resized
 from launcher.train.stop import StopSignal
 from launcher.train.throughput import Stopwatch
 from launcher.train.verdict import Verdict, stop_requested
@@ -66,6 +69,9 @@ def train_run(plan: Plan, launch: int, interrupted: Callable[[], bool] = lambda:
     batch = batch_layout(plan.trajectory.global_batch_size, plan.layout.micro_batch_size, world_size)
     run_dir, store = Path(plan.run_dir), open_store(plan.location)
     attempt = begin_together(store, launch)
+    doing.attempt = str(attempt)
+    if attempt.start > 1:
+        startup.forget()
     metrics = MetricsLog(run_dir, str(attempt), writes=rank == 0)
 
     def stopping() -> bool:
@@ -73,21 +79,28 @@ def train_run(plan: Plan, launch: int, interrupted: Callable[[], bool] = lambda:
 
     try:
         parts = build_parts(plan, batch, device, metrics, store, attempt, stopping)
+        mark(RESUMING)
         progress = resume_point(parts)
+        startup.ended("checkpoint")
         # Half a million objects of torch, transformers and DeepSpeed stay for good: looking through them takes a third
         # of a second each time, in which nothing else runs.
         gc.collect()
         gc.freeze()
+        startup.ended("clean-up")
+        workers = everybody()
+        if rank == 0 and (change := resized(latest_start(run_dir), str(attempt), workers)):
+            metrics.write("resize", step=progress.step, **change)
         metrics.write(
             "start",
             step=progress.step,
             world_size=world_size,
             micro_steps=batch.num_micro_steps,
-            workers=everybody(),
+            workers=workers,
         )
         if parts.saver.without_room is not None:
             metrics.write("saves_in_foreground", message=parts.saver.without_room)
         verdict = train(parts, progress)
+        mark(CONCLUDING)
         parts.saver.send_alongside()  # what the end measured, where another node looks for it
         return verdict
     except AuditError as error:  # of all ranks alike, and no restart changes it
@@ -162,11 +175,14 @@ def build_parts(
     ds_config = deepspeed_config(plan.layout, batch, trajectory.dtype, trajectory.optimizer.max_grad_norm)
     join_communication()
     added = added_ids(plan)
+    mark(LOADING)
     base = load_model(plan, ds_config, device, added)
     model = apply_method(base, trajectory.method, trajectory.seed, added)
     flat = attention.supports_packing(type(base), base.config)
+    startup.ended("model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     audit = Audit(plan, device, metrics.write)
+    mark(AUDITING)
     audit.before_engine(model, base, tokenizer, lambda network, lm: SupervisedLoss(network, lm, flat, device))
     if plan.layout.kernels == "fused":
         log.info("%s", fuse(model))
@@ -176,10 +192,15 @@ def build_parts(
     model.train()
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     log.info("%s: %d parameters trained", trajectory.model.path, trained)
+    startup.ended("audit")
+    mark(BUILDING)
     engine = build_engine(model, plan, batch)
+    startup.ended("engine")
     loss = SupervisedLoss(engine, base, flat, device)
+    mark(AUDITING)
     audit.through_engine(base, lambda documents: logits_at_rest(loss, documents))
     audit.conclude()
+    startup.ended("audit")
     generate = plan.lifecycle.generate
     spool = Spool(store, Path(plan.run_dir))
     return Parts(

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
+from launcher.train.beat import mark
+
 PARTS = ("data", "forward", "backward", "step", "evaluate", "checkpoint")
 
 
@@ -26,7 +28,8 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Charge the block's seconds to `name`, one of PARTS."""
+        """Charge the block's seconds to `name`, one of PARTS; whoever watches this rank is told that it begins."""
+        mark(name)
         start = time.perf_counter()
         yield
         if self.wait:

@@ -166,7 +166,7 @@ def test_a_killed_worker_with_no_failures_left_is_the_root_cause(folder: Path) -
     assert code == 1, err
     cause = err[err.index("error:") :].splitlines()[0]
     assert cause.startswith("error: rank 1 on ")
-    assert "failed: the process died" in cause
+    assert "failed: its process was killed" in cause
 
 
 def test_more_workers_than_the_cluster_holds_says_what_it_has(folder: Path) -> None:

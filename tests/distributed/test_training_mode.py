@@ -8,7 +8,9 @@ from unittest import mock
 
 import pytest
 
+from launcher.checkpoint.layout import committed
 from launcher.plan.plan import Plan
+from launcher.store.folder import FolderStore
 from tests.checkpoints import copy_checkpoint
 from tests.distributed.group import run_group
 from tests.distributed.runs import curve, tiny_run, train_all, variant
@@ -42,6 +44,18 @@ def test_resumed_with_the_models_own_dropout(tmp_path: Path) -> None:
     run_group(1, train_all, [resumed])
     assert curve(rare) == curve(whole), "an evaluation changed what comes after it"
     assert curve(resumed) == curve(whole)[HALF:]
+
+
+def test_a_checkpoint_is_due_by_the_clock_too(tmp_path: Path) -> None:
+    base = tiny_run(tmp_path)
+    settings = dict.fromkeys(("max_steps", "total_steps", "eval_every_steps", "checkpoint_every_steps"), STEPS)
+    plans = [
+        variant(base, f"within-{seconds}", **settings, checkpoint_within_s=seconds, keep_last=9)
+        for seconds in (0.0, 1e6)
+    ]
+    run_group(2, train_all, plans)
+    # The first step is asked for before anything is known of it, so each of them is saved.
+    assert [len(committed(FolderStore(Path(plan.run_dir)))) for plan in plans] == [STEPS, 1]
 
 
 def test_gradient_checkpointing_recomputes_from_the_first_step(tmp_path: Path) -> None:

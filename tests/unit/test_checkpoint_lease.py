@@ -184,6 +184,14 @@ def test_a_second_launcher_is_refused_and_told_who_holds_it(store: Store) -> Non
     assert caught.value.hint
 
 
+def test_whoever_asks_is_told_who_holds_a_run(store: Store) -> None:
+    assert lease.held_by(store) is None
+    with lease.acquire(store):
+        assert (held := lease.held_by(store)) is not None
+        assert held.startswith(f"a launcher on {socket.gethostname()}, pid {os.getpid()}, since 20")
+    assert lease.held_by(store) is None
+
+
 def test_every_acquisition_has_a_number_of_its_own(store: Store) -> None:
     assert lease.current(store) is None
     for launch in (1, 2, 3):

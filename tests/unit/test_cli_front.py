@@ -12,6 +12,7 @@ import pytest
 
 from launcher.cli.app import VERBS, main
 from launcher.errors import Interrupted, RunFailed
+from launcher.recipe.load import load
 
 GOOD = "model: {path: gpt2}\ndata: {train: [{path: a.jsonl}]}\n"
 HEAVY = ["torch", "ray", "transformers", "deepspeed", "datasets", "pyarrow", "numpy"]
@@ -156,7 +157,7 @@ def test_check_shows_values_with_their_places(recipe: Path, capsys: pytest.Captu
         "model.path         gpt2     x.yaml:1\n"
         "data.train.0.path  a.jsonl  x.yaml:2\n"
         "train.seed         3        command line\n"
-        "ok: x.yaml; every other key has its default\n"
+        f"ok: x.yaml; every other key has its default; hash {load('x.yaml', ['train.seed=3']).hash}\n"
     )
     assert err == "note: data.train.0.path: a.jsonl is not here yet (looked for a.jsonl)\n"
 

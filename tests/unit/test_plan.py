@@ -24,6 +24,7 @@ from tests.distributed.tiny import tiny_plan
 
 LAPTOP = ClusterFacts((NodeFacts("laptop", cpus=8, gpus=0),))
 UNEVEN = ClusterFacts((NodeFacts("a", cpus=4, gpus=0), NodeFacts("b", cpus=2, gpus=0)))
+TAKEN = ClusterFacts((NodeFacts("a", cpus=16, gpus=0, used_gpus=4),))
 GPUS = ClusterFacts((NodeFacts("a", cpus=16, gpus=4), NodeFacts("b", cpus=16, gpus=4)))
 
 FACTS: dict[str, Any] = {
@@ -89,6 +90,7 @@ def test_every_value_knows_where_it_comes_from(here: Path) -> None:
     assert origins["optimizer.lr"].startswith("command line")
     assert origins["parallel.zero"].startswith("command line")
     assert origins["optimizer.eps"] == "default"
+    assert plan(here, "cluster.workers={min: 2, max: 8}").origins["cluster.workers"].startswith("command line")
     sections = {name: part for name, part in load("x.yaml").recipe.model_dump().items() if isinstance(part, dict)}
     assert origins.keys() >= {f"{name}.{key}" for name, part in sections.items() for key in part}
 
@@ -265,21 +267,23 @@ def test_the_cpus_are_shared_out_and_no_worker_spans_machines(here: Path) -> Non
 @pytest.mark.parametrize(
     ("overrides", "cluster", "message", "hint"),
     [
-        (("cluster.workers=9",), LAPTOP, "needs 9 workers of 1 CPUs; the cluster has room for 8", "at most 8"),
-        (("cluster.workers=9",), GPUS, "needs 9 workers of 1 GPU and 1 CPUs; the cluster has room for 8", "at most 8"),
+        (("cluster.workers=9",), LAPTOP, "needs 9 workers of 1 CPU; there is room for 8", "at most 8"),
+        (("cluster.workers=9",), GPUS, "needs 9 GPUs; free are 8: a 4 of 4, b 4 of 4", "at most 8"),
+        (("cluster.workers={min: 9, max: 12}",), GPUS, "needs 9 GPUs; free are 8", "at most 8"),
+        ((), TAKEN, "needs 1 GPU; free are 0: a 0 of 4 (4 in use)", "free the cluster"),
         (
             ("cluster.workers=2", "cluster.cpus_per_worker=3"),
             UNEVEN,
-            "needs 2 workers of 3 CPUs; the cluster has room for 1",
+            "needs 2 workers of 3 CPUs; there is room for 1: CPUs free are a 4 of 4, b 2 of 2",
             "at most 1",
         ),
         (
             ("cluster.workers=8", "cluster.cpus_per_worker=8"),
             GPUS,
-            "needs 8 workers of 1 GPU and 8 CPUs; the cluster has room for 4",
+            "needs 8 GPUs with 8 CPUs each; there is room for 4: GPUs free are a 4 of 4, b 4 of 4",
             "at most 4",
         ),
-        (("cluster.cpus_per_worker=9",), LAPTOP, "needs 1 workers of 9 CPUs; the cluster has room for 0", "add nodes"),
+        (("cluster.cpus_per_worker=9",), LAPTOP, "needs 1 worker of 9 CPUs; there is room for 0", "add nodes"),
     ],
 )
 def test_too_many_workers_are_refused_with_what_there_is(
@@ -289,9 +293,33 @@ def test_too_many_workers_are_refused_with_what_there_is(
         plan(here, *overrides, cluster=cluster)
     assert message in caught.value.message
     for node in cluster.nodes:
-        assert f"{node.host}: {node.cpus} CPUs, {node.gpus} GPUs" in caught.value.message
+        assert f" {node.host} {node.gpus if cluster.has_gpus else node.cpus} of " in caught.value.message
     assert caught.value.hint is not None
     assert hint in caught.value.hint
+
+
+def test_what_is_decided_for_a_run_of_many_sizes_is_right_for_each(here: Path) -> None:
+    three = ClusterFacts(tuple(NodeFacts(host, cpus=4, gpus=0) for host in "abc"))
+    for override, cluster, sizes, cpus, micro in (
+        ("{min: 2, max: 3}", three, (2, 3), 4, 8),  # one on each machine
+        ("{min: 2, max: 16}", three, (2, 16), 4, 8),
+        ("{min: 4, max: 16}", three, (4, 16), 2, 8),  # the least must fit
+        ("{min: 1, max: 16}", LAPTOP, (1, 16), 8, 8),
+        ("{min: 2, max: 16}", GPUS, (2, 16), 1, 16),  # the share of one of the least, within the budget
+        ("{min: 8, max: 8}", GPUS, (8, 8), 1, 4),
+    ):
+        found = layout(here, f"cluster.workers={override}", "data.max_length=512", cluster=cluster)
+        assert (found.min_workers, found.workers) == sizes, override
+        assert (found.cpus_per_worker, found.micro_batch_size, found.zero) == (cpus, micro, 1), override
+    assert layout(here, "cluster.workers={min: 1, max: 2}", cluster=GPUS, parameters=8 * 10**9).zero == 3
+
+
+def test_a_plan_of_before_there_were_sizes_keeps_its_own(here: Path) -> None:
+    values = json.loads(plan(here, "cluster.workers=2").model_dump_json())
+    del values["layout"]["min_workers"], values["lifecycle"]["wait_s"], values["lifecycle"]["hang_timeout_s"]
+    found = Plan.model_validate_json(json.dumps(values))
+    assert (found.layout.min_workers, found.layout.workers, found.lifecycle.wait_s) == (2, 2, 600)
+    assert found.lifecycle.hang_timeout_s == 600
 
 
 def test_how_long_a_run_is(here: Path) -> None:
@@ -307,6 +335,8 @@ def test_how_long_a_run_is(here: Path) -> None:
         life = plan(here, *overrides).lifecycle
         assert life.total_steps == steps, overrides
         assert life.eval_every_steps == life.checkpoint_every_steps == -(-steps // 10)
+        assert life.checkpoint_within_s == 1800
+    assert plan(here, "checkpoint.every_steps=7").lifecycle.checkpoint_within_s is None
     assert plan(here, "train.max_time=90s").lifecycle.max_time_s == 90
 
 

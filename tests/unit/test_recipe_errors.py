@@ -99,6 +99,13 @@ def test_three_errors_at_once_in_the_order_of_the_file() -> None:
             "parallel: {zero: 0, offload: cpu}",
             "parallel.offload: ZeRO 0 has nothing to offload\n  hint: set parallel.zero to 1, 2, 3 or auto",
         ),
+        ("cluster: {workers: 0}", "cluster.workers: expected a number above 0, a section of keys or `auto`, got 0"),
+        ("cluster: {workers: {min: 2}}", "cluster.workers.max: missing\n  hint: give max"),
+        (
+            "cluster: {workers: {min: 3, max: 2}}",
+            "cluster.workers.min: 3 is more than cluster.workers.max, 2\n  hint: such as {min: 2, max: 16}",
+        ),
+        ("cluster: {wait_s: 0}", "cluster.wait_s: expected a number above 0, got 0"),
         (
             "schedule: {warmup: 2.5}",
             "schedule.warmup: 2.5 is neither a share of the steps nor a whole number of them\n"
@@ -326,3 +333,14 @@ def test_problems_survive_a_process_border() -> None:
     with pytest.raises(RecipeError) as raised:
         load("x.yaml")
     assert pickle.loads(pickle.dumps(raised.value)).problems == raised.value.problems
+
+
+def test_8_bit_moments_fit_one_size_but_for_stage_0() -> None:
+    elastic = GOOD + "optimizer: {name: adamw_8bit}\ncluster: {workers: {min: 2, max: 3}}\n"
+    assert report(elastic) == (
+        "x.yaml:4: cluster.workers.min: the 8-bit moments of adamw_8bit fit one number of workers only: the run cannot "
+        "change its size\n  hint: give cluster.workers one number, or set optimizer.name to adamw, or "
+        "parallel.zero to 0"
+    )
+    Path("x.yaml").write_text(elastic + "parallel: {zero: 0}\n")
+    assert load("x.yaml").recipe.parallel.zero == 0
