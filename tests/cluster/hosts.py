@@ -192,6 +192,7 @@ class Hosts:
         self._lock, self.number = _free_number()
         self.bridge, self.address = f"slip{self.number}", f"10.77.{self.number}.1"
         self.folder = Path(tempfile.mkdtemp(prefix="slipway-hosts-"))
+        _clear(self.number)
         self.hosts = [Host(self, number) for number in range(1, self.count + 1)]
         try:
             self._build()
@@ -252,6 +253,20 @@ def _free_number() -> tuple[IO[str], int]:
         except OSError:
             file.close()
     raise AssertionError("every number is taken")
+
+
+def _clear(number: int) -> None:
+    """Remove what a test process that was killed has left under this number, which is ours now."""
+    named = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout.split()
+    for netns in [word for word in named if word.startswith(f"slip{number}h")]:
+        pids = subprocess.run(["ip", "netns", "pids", netns], capture_output=True, text=True).stdout.split()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        subprocess.run(["ip", "netns", "del", netns], capture_output=True)
+        shutil.rmtree(Path("/etc/netns") / netns, ignore_errors=True)
+        subprocess.run(["ip", "link", "del", f"slip{number}v{netns.partition('h')[2]}"], capture_output=True)
+    subprocess.run(["ip", "link", "del", f"slip{number}"], capture_output=True)
 
 
 def _run(*command: str) -> None:
