@@ -26,9 +26,7 @@ Address = Annotated[
 ]
 RunOrJob = Annotated[
     str,
-    typer.Argument(
-        metavar="RUN|JOB", help="A run's folder or URL, or with --address a job's name", show_default=False
-    ),
+    typer.Argument(metavar="RUN|JOB", help="A run's folder or URL, or with --address a job's name", show_default=False),
 ]
 JobsAddress = Annotated[
     str, typer.Option("--address", help="ssh://[user@]HEAD[:port], or http://HEAD:8265", show_default=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -46,10 +47,13 @@ def up(
     from launcher.cluster.hostfile import read_hostfile
     from launcher.cluster.ssh import Ssh
     from launcher.cluster.up import up
+    from launcher.driver.signals import ends_on_signals
     from launcher.units import format_bytes
 
     hosts = read_hostfile(hostfile)
-    with Ssh(ssh_config) as ssh, render.err().status("") as status:
+    hint = f"the same command goes on; slipway cluster down --hostfile {shlex.quote(str(hostfile))} undoes it"
+    stopped = ends_on_signals("stopped before all hosts were up", hint)
+    with stopped, Ssh(ssh_config) as ssh, render.err().status("") as status:
         if install or wheel:
             from launcher.cluster.install import install as install_
 
@@ -64,12 +68,13 @@ def up(
         for node in cluster.nodes
     ]
     render.print_table(("host", "address", "CPUs", "GPUs", "memory"), rows, "llrrr")
-    head = cluster.head.destination
-    ssh_port = f":{cluster.head.port}" if cluster.head.port else ""
+    head = cluster.head
+    ssh_line = ["ssh", *(["-F", str(ssh_config)] if ssh_config else []), *(["-p", str(head.port)] if head.port else [])]
+    same = ["--ssh-config", str(ssh_config)] if ssh_config else []
     print()
-    print(f"on the head:  ssh {head}, then slipway run RECIPE --address auto")
-    print(f"from here:    slipway submit RECIPE --address ssh://{head}{ssh_port}")
-    print(f"the end:      slipway cluster down --hostfile {hostfile}")
+    print(f"on the head:  {shlex.join([*ssh_line, head.destination])}, then slipway run RECIPE --address auto")
+    print(f"from here:    slipway submit RECIPE {shlex.join(['--address', head.url, *same])}")
+    print(f"the end:      slipway cluster down {shlex.join(['--hostfile', str(hostfile), *same])}")
 
 
 def down(hostfile: Hostfile = Path("hostfile"), ssh_config: SshConfig = None) -> None:
@@ -77,9 +82,11 @@ def down(hostfile: Hostfile = Path("hostfile"), ssh_config: SshConfig = None) ->
     from launcher.cluster.hostfile import read_hostfile
     from launcher.cluster.ssh import Ssh
     from launcher.cluster.up import down
+    from launcher.driver.signals import ends_on_signals
 
     hosts = read_hostfile(hostfile)
-    with Ssh(ssh_config) as ssh, render.err().status(f"stopping Ray on {len(hosts)} hosts"):
+    ended = ends_on_signals("stopped before all hosts were down", "the same command goes on")
+    with ended, Ssh(ssh_config) as ssh, render.err().status(f"stopping Ray on {len(hosts)} hosts"):
         stopped = down(ssh, hosts)
     print(f"down: Ray ran on {stopped} of {len(hosts)} host{'s' * (len(hosts) != 1)}")
 

@@ -53,6 +53,7 @@ def launch(
                 verdict = fit(plan, lease.launch, display)
             except RunFailed:
                 with suppress(SlipwayError):  # the logs, for whoever looks for the cause on another machine
+                    remote.collect(plan)  # or what is older here than in the store would take its place
                     remote.finish(plan)
                 raise
     with ends_on_signals("stopped before the model was exported", hint=f"slipway export {plan.location}"):
@@ -116,7 +117,8 @@ def go_on_by_itself(loaded: LoadedRecipe, asked_for: str | None, address: str | 
         finish_again(plan)
         return True
     render.note(f"going on with {place(plan.location)}")
-    asks_for_workers = run_recipe(plan).cluster != loaded.recipe.cluster
+    before, now = run_recipe(plan).cluster, loaded.recipe.cluster
+    asks_for_workers = (before.workers, before.cpus_per_worker) != (now.workers, now.cpus_per_worker)
     go_on(plan, address, lambda ready, cluster: continued(ready, loaded, cluster, asks_for_workers))
     return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -47,7 +48,7 @@ def command(
             if not follow:
                 print(job.name)
                 return
-            same = f"--address {address}" + (f" --ssh-config {ssh_config}" if ssh_config else "")
+            same = shlex.join(["--address", address, *(["--ssh-config", str(ssh_config)] if ssh_config else [])])
             hint = f"slipway logs {job.name} -f {same}; to stop it: slipway stop {job.name} {same}"
             with ends_on_signals(f"job {job.name} goes on without this terminal", hint):
                 conclude(jobs, job.name, secrets_file)

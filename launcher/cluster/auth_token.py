@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import secrets
+import socket
 from pathlib import Path
 
 from launcher.cluster.probe import state_folder, token_file, token_hash
@@ -69,7 +70,8 @@ def restore() -> None:
 
 def write_private(path: Path, text: str) -> None:
     """Write a file that only its owner can read, whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    # Hosts may share HOME, and a process id is a host's own.
+    part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     part.unlink(missing_ok=True)
     with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as out:
         out.write(text)

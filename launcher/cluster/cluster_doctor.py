@@ -64,7 +64,7 @@ def examine_bandwidth(measured: Any) -> list[Finding]:
 
 
 def _ask(ssh: Ssh, head: Checked, python: str, bandwidth: bool) -> Any:
-    command = [python, "-m", "launcher.cluster.state", head.facts["keeper"]["head"], *(["bandwidth"] * bandwidth)]
+    command = [python, "-P", "-m", "launcher.cluster.state", head.facts["keeper"]["head"], *(["bandwidth"] * bandwidth)]
     limit_s = STATE_TIMEOUT_S + (BANDWIDTH_TIMEOUT_S if bandwidth else 0)
     done = ssh.run(head.host, command, timeout_s=limit_s)
     lines = [line for line in done.out.splitlines() if line.startswith("{")]

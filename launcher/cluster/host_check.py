@@ -30,8 +30,12 @@ LIKE_HEAD = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes")
 INSTALLED = ".slipway/venv/bin/python"
 """Seen from HOME, where ssh begins: the environment that `--install` makes."""
 _INSTALLED_OR = f'python=$1; shift; [ -x {INSTALLED} ] && python={INSTALLED}; exec "$python" "$@"'
+_SAFE = ("env", "PYTHONSAFEPATH=1")
+"""Nothing of the user's HOME, where ssh begins, takes a module's place; Pythons too old for that ignore it."""
 AGENT_PORT = 52365
 CLIENT_PORT = 10001
+FIXED = (AGENT_PORT, CLIENT_PORT)
+"""Of every node and of the head: no option of ours changes them, so a host serves one cluster at a time."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Wanted:
 
     def interpreter(self) -> list[str]:
         """A command line that runs the hosts' Python, for its arguments to be added to."""
-        return [self.python] if self.python else ["sh", "-c", _INSTALLED_OR, "sh", sys.executable]
+        return [*_SAFE, *([self.python] if self.python else ["sh", "-c", _INSTALLED_OR, "sh", sys.executable])]
 
     def ports(self, is_head: bool) -> tuple[int, ...]:
         """What Ray listens on at fixed numbers."""
@@ -96,11 +100,15 @@ def check_hosts(
             message = answer.message.removeprefix(f"{host.name}: ")
             found[host] = [Problem(host.name, "", message, answer.hint)]
     facts = {host: answer for host, answer in answers.items() if not isinstance(answer, SlipwayError)}
+    first: dict[str, Host] = {}
     for host in facts:
         found[host] = findings(host, facts[host], facts.get(head), wanted, host == head)
         if len(hosts) > 1 and facts[host]["address"] == probe.NO_ADDRESS:
             hint = "write the address of its network card into the hostfile"
             found[host].append(Problem(host.name, "", "has no address that other hosts can reach", hint))
+        elif (same := first.setdefault(facts[host]["address"], host)) is not host:
+            hint = "a machine has one line in the hostfile, with all of its GPUs as slots"
+            found[host].append(Problem(host.name, "", f"is the same machine as {same.name}", hint))
     problems = [problem for host in hosts for problem in found[host]]
     if found[head] or (problems and not allow_missing):
         raise HostsError(problems)
@@ -240,11 +248,10 @@ def _places(facts: dict[str, Any], wanted: Wanted) -> list[Finding]:
             (f"does not see in {wanted.shared} what the head writes there", "mount the shared folder at the same path")
         )
     if not facts["keeper"]:  # else the ports are taken by what we started
-        found += [
-            (f"port {port} is taken: {holder}", "stop that, or see --port and --dashboard-port")
-            for port, holder in facts["ports"].items()
-            if holder
-        ]
+        for port, holder in facts["ports"].items():
+            if holder:
+                hint = "stop that" + ("" if int(port) in FIXED else ", or see --port and --dashboard-port")
+                found.append((f"port {port} is taken: {holder}", hint))
     return found
 
 

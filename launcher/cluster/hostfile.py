@@ -33,6 +33,12 @@ class Host:
         """What ssh is given: `user@name`."""
         return f"{self.user}@{self.name}" if self.user else self.name
 
+    @property
+    def url(self) -> str:
+        """What `parse_host` takes: `ssh://user@name:22`."""
+        name = f"[{self.name}]" if ":" in self.name else self.name
+        return f"ssh://{f'{self.user}@' if self.user else ''}{name}{f':{self.port}' if self.port else ''}"
+
 
 def read_hostfile(path: Path) -> tuple[Host, ...]:
     """The hosts in the order of the file.

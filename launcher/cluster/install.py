@@ -27,13 +27,15 @@ set -e
 wheel=$1 hash=$2 python=$3
 shift 3
 mkdir -p .slipway
+exec 9>.slipway/install.lock  # hosts may share HOME: one installs, the others find it done
+flock 9 2>/dev/null || true
 if [ "$(cat .slipway/venv/wheel 2>/dev/null)" = "$hash" ]; then cat >/dev/null; echo same; exit; fi
 command -v "$python" >/dev/null || { echo "no $python, which the environment is to be made with" >&2; exit 3; }
 folder=$(mktemp -d .slipway/wheel.XXXXXXXX)
 trap 'rm -rf "$folder"' EXIT
 cat >"$folder/$wheel"
 printf '%s\\n' "$@" >"$folder/constraints.txt"
-[ -x .slipway/venv/bin/python ] || "$python" -m venv .slipway/venv
+.slipway/venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .slipway/venv
 pip="env PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 .slipway/venv/bin/python -m pip install --quiet"
 $pip --constraint "$folder/constraints.txt" "$folder/$wheel" >&2
 # Once more for a wheel of other code and the same version, which pip takes for the one that is there.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.exceptions import AuthenticationError
@@ -69,7 +70,10 @@ def reached(address: str, ssh_config: Path | None, say: Say) -> Iterator[Jobs]:
         ClusterError: ssh does not reach the head, no Ray runs there, its dashboard does not answer, the token is wrong.
     """
     if address.startswith(("http://", "https://")):
-        yield Jobs(address.rstrip("/"), address.rstrip("/"), own_token(), say)
+        token = own_token()
+        if token and address.startswith("http://") and not _is_here(address):
+            say(f"the token goes to {address} unencrypted; ssh://HEAD hides it")
+        yield Jobs(address.rstrip("/"), address.rstrip("/"), token, say)
         return
     if not address.startswith("ssh://"):
         raise ClusterError(
@@ -85,6 +89,11 @@ def reached(address: str, ssh_config: Path | None, say: Say) -> Iterator[Jobs]:
             )
         with Tunnel(ssh, host, head.port) as tunnel:
             yield Jobs(address, tunnel.url, head.token, say, tunnel, head)
+
+
+def _is_here(url: str) -> bool:
+    """Whether it stays on this machine."""
+    return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
 
 
 def ask_head(ssh: Ssh, host: Host) -> Head:
@@ -241,7 +250,7 @@ class Jobs:
             except Exception as error:
                 lines.put(error)
 
-        self.info(job)
+        self.info(job)  # through _do_request, which looks whether the tunnel is open: what follows does not
         threading.Thread(target=pump, name="job-log", daemon=True).start()
         while True:
             try:
@@ -262,7 +271,7 @@ class Jobs:
             try:
                 if self._tunnel is not None:
                     self._tunnel.mend()
-                return _Client(self._url, self._token)
+                return _Client(self._url, self._token, self._tunnel)
             except AuthenticationError:
                 raise self._wrong_token() from None
             except Exception as error:
@@ -306,7 +315,8 @@ class Jobs:
 class _Client(JobSubmissionClient):
     """Ray's client with time limits, and at the address it is given: Ray's own would prefer RAY_ADDRESS."""
 
-    def __init__(self, url: str, token: str | None) -> None:
+    def __init__(self, url: str, token: str | None, tunnel: Tunnel | None) -> None:
+        self._tunnel = tunnel
         hidden = {name: os.environ.pop(name, None) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
         try:
             super().__init__(url, headers={"Authorization": f"Bearer {token}"} if token else {})
@@ -314,6 +324,8 @@ class _Client(JobSubmissionClient):
             os.environ.update({name: value for name, value in hidden.items() if value is not None})
 
     def _do_request(self, *args: Any, **kwargs: Any) -> Any:
+        if self._tunnel is not None and not self._tunnel.is_open():  # another's process may listen there by now
+            raise ConnectionError("the tunnel is closed")
         # A proxy for the world outside does not know our end of a tunnel.
         return super()._do_request(*args, timeout=REQUEST_TIMEOUT_S, proxies={"no_proxy": "127.0.0.1"}, **kwargs)
 

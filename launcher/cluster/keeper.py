@@ -71,8 +71,8 @@ class Node:
 
     def command(self) -> list[str]:
         """The command line that runs Ray here."""
-        # The module and not the script `ray`, which may be another environment's on PATH.
-        command = [sys.executable, "-um", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+        # The module and not the script `ray`, which may be another environment's on PATH. -P: not what lies in HOME.
+        command = [sys.executable, "-Pum", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
         command += ["--log-style=pretty", "--log-color=false"]
         command += [f"--node-ip-address={self.address}", f"--node-name={self.name}", f"--num-gpus={self.gpus}"]
         if self.role != "head":

@@ -7,6 +7,7 @@ on stdin, so that it is in no process list. `keep` is the keeper itself.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,14 @@ PYTHON = "python"
 """The file that names this Python to `down`, which may be asked from another machine than `up` was."""
 
 
+def token() -> dict[str, Any]:
+    """This host's token, a new one if it has none: the same one for two `up` at once. Raises OSError."""
+    with _alone():
+        known = auth_token.read() or auth_token.new_token()
+        prepare(known)
+    return {"token": known}
+
+
 def prepare(token: str) -> dict[str, Any]:
     """Put the token here, and what `down` needs to find its way back. Raises OSError."""
     folder = Path(state_folder())
@@ -40,12 +50,17 @@ def prepare(token: str) -> dict[str, Any]:
 
 def start(node: Node) -> dict[str, Any]:
     """Start the keeper, detached from the connection that asked, unless it runs. Raises RuntimeError."""
+    with _alone():
+        return _start(node)
+
+
+def _start(node: Node) -> dict[str, Any]:
     running = keeper()
     if running is not None:
         return {"pid": running["pid"], "started": False}
     folder = Path(state_folder())
     _end(_left_by_a_dead_keeper())
-    command = [sys.executable, "-m", "launcher.cluster.node", "keep", json.dumps(vars(node))]
+    command = [sys.executable, "-P", "-m", "launcher.cluster.node", "keep", json.dumps(vars(node))]
     with (folder / "start.log").open("wb") as log:
         process = subprocess.Popen(
             command,
@@ -65,6 +80,17 @@ def start(node: Node) -> dict[str, Any]:
         time.sleep(0.05)
     process.kill()
     raise RuntimeError((folder / "start.log").read_text(errors="replace").strip() or "the keeper did not start")
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One at a time on this host: two keepers would know nothing of each other, and `down` only of the later."""
+    folder = Path(state_folder())
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        with contextlib.suppress(OSError):  # a network disk without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def stop() -> dict[str, Any]:
@@ -146,7 +172,7 @@ def main(argv: list[str]) -> None:
     elif what == "prepare":
         answer = prepare(sys.stdin.read().strip())
     else:
-        answer = {"token": lambda: {"token": auth_token.read()}, "stop": stop, "log": log}[what]()
+        answer = {"token": token, "stop": stop, "log": log}[what]()
     print(json.dumps(answer))
 
 

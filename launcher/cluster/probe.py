@@ -80,7 +80,8 @@ def own_address(name: str) -> str:
     """
     found: list[str] = []
     with contextlib.suppress(OSError, UnicodeError):
-        found += [str(entry[4][0]) for entry in socket.getaddrinfo(name, None, 0, socket.SOCK_STREAM)]
+        named = [str(entry[4][0]) for entry in socket.getaddrinfo(name, None, 0, socket.SOCK_STREAM)]
+        found += sorted(named, key=lambda address: ":" in address)  # of both, IPv4: the other hosts may have no IPv6
     found += os.environ.get("SSH_CONNECTION", "").split()[2:3]
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))  # sends nothing

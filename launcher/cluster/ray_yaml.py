@@ -21,6 +21,8 @@ from launcher.errors import ClusterError
 
 PORT = 6379
 TOKEN = "~/.ray/auth_token"
+OPEN_FILES = 'ulimit -S -n 65536 2> /dev/null || ulimit -S -n "$(ulimit -H -n)";'
+"""Shell: a group of 1,000 ranks has a connection to each other one, and many systems give 1,024."""
 _PLAIN = re.compile(r"[A-Za-z0-9._/@%+=,~-]+")
 
 _HEADER = """\
@@ -58,6 +60,12 @@ def cluster_file(
     import ray
 
     addresses = [address(host) for host in hosts]
+    for host, found in zip(hosts, addresses, strict=True):
+        if found.startswith("127.") and len(hosts) > 1:
+            raise ClusterError(
+                f"{_where(host)}{host.name} is {found} here, by which no other host reaches it",
+                hint="write the address of its network card instead of its name",
+            )
     users = {host.user or ssh_user for host in hosts}
     if len(users) > 1:
         raise ClusterError(
@@ -94,7 +102,7 @@ def cluster_file(
             f"{_environment(python)} set -- $SSH_CONNECTION; {_worker_gpus(hosts[1:], addresses[1:])}"
             f"trap '' HUP; "
             f'setsid ray start --block --address={addresses[0]}:{PORT} --node-ip-address="$3" $gpus'
-            " < /dev/null > ~/.ray/node.log 2>&1 &",
+            " < /dev/null > ~/.ray/node-$(uname -n).log 2>&1 &",
         ],
     }
     key = in_comment(ssh_private_key) if ssh_private_key else "a key of its own"
@@ -135,7 +143,7 @@ def _environment(python: str) -> str:
     """Shell: what Ray's processes are started with."""
     values = QUIET | PATIENCE | {"RAY_AUTH_MODE": "token"}
     return (
-        f"{_path(python)} unset OMP_NUM_THREADS PYTHONWARNINGS;"
+        f"{_path(python)} {OPEN_FILES} unset OMP_NUM_THREADS PYTHONWARNINGS;"
         f" export {' '.join(f'{key}={value}' for key, value in values.items())};"
     )
 

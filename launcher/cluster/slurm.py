@@ -7,6 +7,7 @@ import re
 import shlex
 
 from launcher.cluster.keeper import PATIENCE
+from launcher.cluster.ray_yaml import OPEN_FILES
 from launcher.recipe.load import LoadedRecipe
 from launcher.units import parse_seconds
 
@@ -49,6 +50,7 @@ token=$("$python" -c 'import secrets; print(secrets.token_hex(32))')
 # shellcheck disable=SC2016
 node='umask 077; set -o noclobber; rm -f "$RAY_AUTH_TOKEN_PATH"; cat > "$RAY_AUTH_TOKEN_PATH" || exit 1
 trap "rm -f $RAY_AUTH_TOKEN_PATH" EXIT
+{open_files}
 ray start --block --disable-usage-stats --node-name="$SLURMD_NODENAME" {num_gpus}"$@"'
 step=(srun --overlap --cpu-bind=none --kill-on-bad-exit=0 --ntasks-per-node=1)
 
@@ -101,4 +103,5 @@ def batch_script(
         run_dir=shlex.quote(run_dir),
         environment=" ".join(f"{key}={value}" for key, value in environment.items()),
         join_s=JOIN_S,
+        open_files=OPEN_FILES,
     )

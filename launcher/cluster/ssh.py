@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +24,10 @@ CONNECT_TIMEOUT_S = 10
 SILENCE_S = 5
 """A connection that says nothing is asked after so many seconds, three times, before it counts as lost."""
 MAX_AT_ONCE = 64
+CROWDED_S = 10
+"""An sshd that ten wait to log in to turns others away, by default (MaxStartups), and a jump host sees all of us at
+once: whoever is turned away, before anything is run, tries again for so many seconds."""
+_TURNED_AWAY = "exchange_identification"
 OWN_FAILURE = 255
 """ssh's exit code where it did not reach the host; a command's own codes are others."""
 _KINDS = (
@@ -32,6 +38,7 @@ _KINDS = (
         "host key verification failed",
         "log in once by hand with ssh and look at the key it shows; after a reinstallation, ssh-keygen -R HOST first",
     ),
+    (_TURNED_AWAY, "it, or a jump host before it, takes no more logins: MaxStartups in its sshd_config"),
     ("connection refused", "no ssh server listens there: check the port, and that sshd runs"),
     ("timed out", "is it switched on, and reachable from here? ssh HOST shows the same"),
     ("no route to host", "is it switched on, and reachable from here? ssh HOST shows the same"),
@@ -81,8 +88,24 @@ class Ssh:
         Raises:
             ClusterError: the host is not reached, or the command takes longer than `timeout_s` seconds.
         """
-        argv = [*self._shared(host), "--", host.destination, shlex.join(command)]
+        # A port that the user's config forwards may be in use by a login of theirs, which must not end this one.
+        options = [*self._shared(host), "-o", "ClearAllForwardings=yes"]
+        argv = [*options, "--", host.destination, shlex.join(command)]
         self._used.add(host)
+        began = time.monotonic()
+        while True:
+            code, out, said = self._once(argv, host, command, stdin, timeout_s)
+            if code != OWN_FAILURE:
+                return Done(code, out, said)
+            if _TURNED_AWAY not in said or time.monotonic() - began > CROWDED_S:
+                raise _not_reached(host, said)
+            time.sleep(random.uniform(0.2, 2))
+
+    @staticmethod
+    def _once(
+        argv: list[str], host: Host, command: Sequence[str], stdin: bytes | None, timeout_s: float
+    ) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr."""
         # stderr goes to a file: older versions of ssh keep a pipe open for as long as the shared connection lives.
         with tempfile.TemporaryFile() as err:
             try:
@@ -96,9 +119,7 @@ class Ssh:
                 ) from None
             err.seek(0)
             said = err.read().decode("utf-8", "replace")
-        if done.returncode == OWN_FAILURE:
-            raise _not_reached(host, said)
-        return Done(done.returncode, done.stdout.decode("utf-8", "replace"), said)
+        return done.returncode, done.stdout.decode("utf-8", "replace"), said
 
     def everywhere(self, hosts: Sequence[Host], ask: Callable[[Host], T]) -> dict[Host, T | SlipwayError]:
         """Ask every host at once; an answer, or why there is none, for each."""
@@ -120,6 +141,9 @@ class Ssh:
             "ConnectTimeout": str(CONNECT_TIMEOUT_S),
             "ServerAliveInterval": str(SILENCE_S),
             "LogLevel": "ERROR",  # a config that says QUIET would hide why a host is not reached
+            # What a config may have for people who log in: a terminal would echo what goes to stdin.
+            "RequestTTY": "no",
+            "RemoteCommand": "none",
         }
         return ["ssh", *config, *port, *(word for key, value in options.items() for word in ("-o", f"{key}={value}"))]
 

@@ -70,7 +70,10 @@ class Tunnel:
             said = self.said()
             self.close()
             last = said.splitlines()[-1].rstrip(".") if said else f"no answer within {OPEN_TIMEOUT_S:.0f} s"
-            raise ClusterError(f"{self.host.name}: no tunnel: {last}", f"ssh {self.host.destination} shows the same")
+            hint = f"ssh {self.host.destination} shows the same"
+            if "local forwarding" in last:  # the port of ours was free a moment ago
+                hint = "a LocalForward of ~/.ssh/config is in use: end the ssh that has it, or --ssh-config without it"
+            raise ClusterError(f"{self.host.name}: no tunnel: {last}", hint)
 
     def said(self) -> str:
         """What its ssh has complained of so far, such as a port of the head at which nobody listens."""

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.cluster.auth_token import new_token
 from launcher.cluster.host_check import Wanted, check_hosts
 from launcher.cluster.hostfile import Host
 from launcher.cluster.keeper import GRACE_S, Node
@@ -18,7 +17,7 @@ from launcher.errors import ClusterError, HostsError, Problem, SlipwayError
 MARGIN_S = 20
 _STOP = """
 file=$HOME/.slipway/cluster/$(uname -n)/python
-if [ -f "$file" ]; then exec "$(cat "$file")" -m launcher.cluster.node stop; fi
+if [ -f "$file" ]; then exec "$(cat "$file")" -P -m launcher.cluster.node stop; fi
 echo '{"running": false, "left": []}'
 """
 """`down` needs no --python: `up` has left word of the one it used."""
@@ -85,7 +84,7 @@ def up(
         raise HostsError(problems)
     names = [host.name for host, answer in started.items() if not isinstance(answer, SlipwayError)]
     say(f"waiting for {len(names)} host{'s' * (len(names) != 1)} to join")
-    wait = ["-m", "launcher.cluster.members", address, str(timeout_s), *names]
+    wait = ["-P", "-m", "launcher.cluster.members", address, str(timeout_s), *names]
     joined = _answer(head.host, ssh, [checked[0].python, *wait], timeout_s=timeout_s + MARGIN_S)
     late = [host for host in nodes if host.name in names and host.name not in {node["name"] for node in joined}]
     reasons = ssh.everywhere(late, lambda host: _why(ssh, pythons[host], timeout_s, host))
@@ -105,7 +104,7 @@ def down(ssh: Ssh, hosts: Sequence[Host]) -> int:
     """
 
     def stop(host: Host) -> dict[str, Any]:
-        return dict(_answer(host, ssh, ["sh", "-c", _STOP], timeout_s=GRACE_S + MARGIN_S))
+        return dict(_answer(host, ssh, ["sh", "-s"], _STOP.encode(), timeout_s=GRACE_S + MARGIN_S))
 
     answers = ssh.everywhere(hosts, stop)
     problems = _problems(answers)
@@ -121,7 +120,7 @@ def down(ssh: Ssh, hosts: Sequence[Host]) -> int:
 def _share_token(ssh: Ssh, pythons: dict[Host, str]) -> None:
     """The head's token, or a new one, on every host; here it is in memory alone. Raises HostsError."""
     head = next(iter(pythons))
-    token = _call(ssh, pythons[head], head, "token")["token"] or new_token()
+    token = str(_call(ssh, pythons[head], head, "token")["token"])
     prepared = ssh.everywhere(
         list(pythons), lambda host: _call(ssh, pythons[host], host, "prepare", stdin=token.encode())
     )
@@ -139,14 +138,15 @@ def _why(ssh: Ssh, python: str, timeout_s: float, host: Host) -> Problem:
 
 def _call(ssh: Ssh, python: str, host: Host, verb: str, *arguments: str, stdin: bytes | None = None) -> dict[str, Any]:
     """One of `launcher.cluster.node`'s verbs on a host."""
-    command = [python, "-m", "launcher.cluster.node", verb, *arguments]
+    # -P: ssh begins in HOME, where a random.py of the user's would be taken for Python's.
+    command = [python, "-P", "-m", "launcher.cluster.node", verb, *arguments]
     return dict(_answer(host, ssh, command, stdin, timeout_s=START_TIMEOUT_S + MARGIN_S))
 
 
 def _answer(host: Host, ssh: Ssh, command: Sequence[str], stdin: bytes | None = None, timeout_s: float = 30) -> Any:
     """The JSON that a command of ours prints. Raises ClusterError with its last words if it fails."""
     done = ssh.run(host, command, stdin, timeout_s)
-    lines = done.out.strip().splitlines()
+    lines = [line for line in done.out.splitlines() if line.startswith(("{", "["))]  # a login shell may say more
     if done.code == 0 and lines:
         return json.loads(lines[-1])
     said = (done.err.strip().splitlines() or [f"it ended with {done.code}"])[-1]

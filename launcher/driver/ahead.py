@@ -10,6 +10,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from launcher.driver import secrets
+
 _started: list[Any] = []
 
 
@@ -41,6 +43,7 @@ class _Controller:
     async def run(self, environment: Mapping[str, str], settings: Mapping[str, Any]) -> Any:
         """Ray Train's Result. `environment`: what its controller and workers read, such as time limits."""
         os.environ.update(environment)
+        secrets.fetch()  # the policy in it asks the run's store for checkpoints
         from ray.train.v2._internal.execution.controller import TrainController
 
         train = TrainController(**settings)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray._private.state import state as ray_state
 from ray.exceptions import ActorUnavailableError
 from ray.train import FailureConfig, ScalingConfig
@@ -26,15 +27,17 @@ from ray.train.v2._internal.execution.controller.state import SchedulingState
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, ScalingDecision, ScalingPolicy
 from ray.train.v2.api.exceptions import ControllerError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from launcher.checkpoint.layout import newest_committed
 from launcher.driver import failures
 from launcher.driver.connect import cluster_facts
 from launcher.driver.placement import choose, freed
+from launcher.driver.shared_folder import APPEAR_S, sees, told
 from launcher.errors import RunFailed, SlipwayError
 from launcher.plan.facts import ClusterFacts, NodeFacts
 from launcher.plan.plan import Plan
-from launcher.store.location import open_store
+from launcher.store.location import is_url, open_store
 from launcher.train.request import ask_for_checkpoint
 
 log = logging.getLogger(__name__)
@@ -132,6 +135,10 @@ class Policy(ScalingPolicy, FailurePolicy):
         self.newest_at_failure: int | None = None
         self.waiting_since: float | None = None
         self.said = ""
+        self.shared: set[str] = set()
+        """Ray nodes that see the run's folder."""
+        self.answers: dict[str, Any] = {}
+        """Of those that have been asked whether they do, and have not said yes."""
         self.looked = time.monotonic()
         self.asked: int | None = None
         """While a checkpoint has been asked for, so that the run can grow: the step of the newest before it."""
@@ -180,6 +187,8 @@ class Policy(ScalingPolicy, FailurePolicy):
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
         """Grow where there is room for more, as soon as a checkpoint has been committed that was asked for."""
         self._ask_autoscaler()
+        if self.said:
+            self._tell("placed")
         self.waiting_since, self.failed_starts, self.said = None, 0, ""
         if self.asked is not None:
             if self._newest() <= self.asked:
@@ -187,7 +196,9 @@ class Policy(ScalingPolicy, FailurePolicy):
             self.asked = None
             return self._grown() or NoopDecision()
         now = time.monotonic()
-        if len(self.group) < self.terms.workers and now - self.looked >= GROW_EVERY_S:
+        if len(self.group) < self.terms.workers and now - self.looked >= (
+            WAIT_EVERY_S if self.answers else GROW_EVERY_S
+        ):
             self.looked = now
             if chosen := self._room_for_more():
                 self.asked = self._newest()
@@ -276,7 +287,26 @@ class Policy(ScalingPolicy, FailurePolicy):
         return freed(cluster, self.held, self.terms.cpus, self.terms.gpu)
 
     def _chosen(self, cluster: ClusterFacts) -> list[NodeFacts]:
-        return choose(cluster.nodes, self.terms.workers, self.terms.cpus, self.terms.gpu)
+        nodes = [node for node in cluster.nodes if self._sees_folder(node)]
+        return choose(nodes, self.terms.workers, self.terms.cpus, self.terms.gpu)
+
+    def _sees_folder(self, node: NodeFacts) -> bool:
+        """Whether a node may have workers. One that joins later, such as a host whose disk is not mounted yet, would
+        fail the whole group each time. Never waits: the answer counts when it is there, and a no is asked again."""
+        if is_url(self.terms.location) or not self.seen:  # the launcher has asked those that were there at first
+            self.shared.add(node.id)
+        if node.id not in self.shared and node.room(self.terms.cpus, self.terms.gpu):
+            if node.id in self.answers:
+                answer = self.answers[node.id]
+                if ray.wait([answer], timeout=0)[0]:
+                    del self.answers[node.id]
+                    if told(answer):
+                        self.shared.add(node.id)
+            else:
+                there = NodeAffinitySchedulingStrategy(node.id, soft=False)
+                look = ray.remote(num_cpus=0, max_retries=0)(sees).options(scheduling_strategy=there)
+                self.answers[node.id] = look.remote(str(Path(self.terms.location) / "plan.json"), APPEAR_S)
+        return node.id in self.shared
 
     def _start_on(self, chosen: list[NodeFacts]) -> ResizeDecision:
         self.group, self.held = tuple(chosen), tuple(node.id for node in chosen)
@@ -300,7 +330,7 @@ class Policy(ScalingPolicy, FailurePolicy):
         with contextlib.suppress(OSError, SlipwayError):
             newest = newest_committed(open_store(self.terms.location))
             return newest.step if newest is not None else -1
-        return self.asked if self.asked is not None else -1
+        return next((known for known in (self.asked, self.newest_at_failure) if known is not None), -1)
 
     def _shortage(self, cluster: ClusterFacts, room: int) -> str:
         terms = self.terms

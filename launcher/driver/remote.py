@@ -27,6 +27,7 @@ from launcher.store.durable import replace_synced
 from launcher.store.location import is_url, open_store
 from launcher.store.store import Store
 from launcher.train.metrics import FILE as METRICS_FILE
+from launcher.train.metrics import latest_start
 from launcher.train.verdict import FILE as VERDICT_FILE
 from launcher.train.verdict import STOP_FILE, Verdict, request_stop
 
@@ -225,8 +226,9 @@ def _mirror(plan: Plan, launch: int, ended: threading.Event) -> None:
     local, elsewhere = Path(plan.run_dir) / METRICS_FILE, False
     while not ended.wait(MIRROR_EVERY_S):
         with contextlib.suppress(OSError, SlipwayError):
-            here = local.read_bytes() if local.exists() else b""
-            if not elsewhere and _last_attempt(here)[:1] == [launch]:
+            # Not by its last line: that a run hung is written here, wherever the first rank is.
+            started = (latest_start(local.parent) or {}) if not elsewhere else {}
+            if str(started.get("attempt")).partition(".")[0] == str(launch):
                 return  # the first rank writes it, on this node
             content = open_store(plan.location).read(METRICS_FILE)
             if _last_attempt(content)[:1] == [launch] and not ended.is_set():

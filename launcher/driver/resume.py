@@ -29,6 +29,8 @@ from launcher.train.verdict import Verdict
 
 RESUME_SECTIONS = ("evaluate", "checkpoint", "logging", "cluster", "export")
 RESUME_KEYS = ("train.epochs", "train.max_steps", "train.max_time", "audit", "model.attention", "model.kernels")
+LAYOUT_KEYS = ("cluster.workers", "cluster.cpus_per_worker")
+"""Those that ask for another layout: the rest of `cluster` is about failures."""
 NOT_OF_THE_RUN = ("extends", "name", "description", "runs", "data.workers", "data.prepare_on")
 """Keys of a recipe that decide nothing of a run already begun: what it is called, and who prepares its data."""
 
@@ -136,7 +138,7 @@ def resumed_plan(location: str | Path, overrides: list[str], cluster: ClusterFac
     plan = existing_plan(location)
     refuse_trajectory_keys(overrides, plan.location)
     loaded = load(str(Path(plan.run_dir) / "recipe.yaml"), overrides)
-    return continued(plan, loaded, cluster, any(override.startswith("cluster.") for override in overrides))
+    return continued(plan, loaded, cluster, any(override.startswith(LAYOUT_KEYS) for override in overrides))
 
 
 def continued(plan: Plan, loaded: LoadedRecipe, cluster: ClusterFacts, asks_for_workers: bool) -> Plan:

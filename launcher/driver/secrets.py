@@ -77,11 +77,13 @@ def offered() -> Iterator[None]:
     try:
         yield
     finally:
-        ray.kill(keeper)
+        with contextlib.suppress(Exception):  # a cluster that is gone: what the block raised says so
+            ray.kill(keeper)
 
 
 def fetch() -> None:
-    """In a worker, before any library looks: have the launcher's secrets in the environment, if it has any."""
+    """In a worker or the controller, before any library looks: have the launcher's secrets in the environment, if it
+    has any."""
     import ray
 
     try:

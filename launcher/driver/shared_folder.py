@@ -50,7 +50,7 @@ def check_shared(plan: Plan) -> None:
             for name in others
         }
         ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWER_S)
-        blind = [others[name]["NodeManagerHostname"] for name, answer in asked.items() if not _told(answer)]
+        blind = [others[name]["NodeManagerHostname"] for name, answer in asked.items() if not told(answer)]
     finally:
         with contextlib.suppress(OSError):
             (run_dir / token).unlink()
@@ -78,7 +78,7 @@ def sees(file: str, patience_s: float) -> bool:
     return True
 
 
-def _told(answer: Any) -> bool:
+def told(answer: Any) -> bool:
     """What a node said; one that said nothing in time, or could not be asked, does not see the folder."""
     import ray
 

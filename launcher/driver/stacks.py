@@ -157,7 +157,8 @@ def training_frame(stack: str) -> str | None:
     for thread in re.split(r"^Thread ", stack, flags=re.MULTILINE)[1:]:
         frames = [line.strip() for line in thread.splitlines()[1:] if line.strip()]
         if any("train_worker (" in frame for frame in frames):
-            return next(frame for frame in frames if not OF_A_LIBRARY.search(frame))
+            # None where we too are installed below a folder of such a name, as /home/ray/ of Ray's own images.
+            return next((frame for frame in frames if not OF_A_LIBRARY.search(frame)), None)
     return None
 
 

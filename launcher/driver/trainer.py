@@ -25,7 +25,7 @@ from launcher.driver.signals import handled, must_end_soon
 from launcher.driver.watch import Watcher, watching
 from launcher.errors import Interrupted, RunFailed, SlipwayError, Superseded
 from launcher.plan.plan import Plan
-from launcher.store.location import open_store
+from launcher.store.location import is_url, open_store
 from launcher.train import startup
 from launcher.train.metrics import FILE as METRICS_FILE
 from launcher.train.metrics import read
@@ -61,6 +61,8 @@ def fit(plan: Plan, launch: int, listener: Listener) -> Verdict:
     lines, stopping = follow(run_dir / METRICS_FILE), Stopping(plan, launch, listener)
     with tempfile.TemporaryDirectory(prefix="slipway-ray-", ignore_cleanup_errors=True) as scratch:
         events = follow(Path(scratch) / EVENTS)
+        for each in (lines, events):
+            next(each)  # what comes is what comes from here on
         mirrored = remote.mirrored_metrics(plan, launch)
         with handled(stopping.on_signal), mirrored, secrets.offered(), watching(plan, launch) as watcher:
             training = Training(build_trainer(plan, launch, scratch, watcher))
@@ -137,6 +139,9 @@ class Stopping:
     def told(self, event: dict[str, Any]) -> None:
         """Pass on what the policy in Ray's controller has to say."""
         self.waiting = self.waiting or event["kind"] == "waiting"
+        # Of a run in an object store their own word, the line `start`, may come with the first checkpoint only.
+        if event["kind"] == "placed" and is_url(self.plan.location):
+            self.waiting = False
         self.listener(event)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -148,6 +153,8 @@ class Stopping:
         while self.answered < len(self.signals):
             self.answered += 1
             self._answer(self.signals[self.answered - 1])
+        if self.answered and self.waiting:  # the workers were lost before they had saved
+            raise self._interrupted(f"stopped while waiting for room; {self._lost()}", self.signals[0])
         if self.deadline is not None and time.monotonic() > self.deadline:
             grace = f"the grace time of {self.plan.lifecycle.grace_s:g} s is over before the workers had saved"
             raise self._interrupted(f"{grace}; {self._lost()}", signal.SIGTERM)
@@ -156,7 +163,7 @@ class Stopping:
         if not self.begun and not remote.has_begun(self.plan, self.launch):
             raise self._interrupted("stopped before the first step", number)
         if self.waiting:
-            raise self._interrupted(f"stopped while waiting for room; {self._lost()}", number)
+            return
         if self.answered > 1:
             raise self._interrupted(f"stopped at once; {self._lost()}", number)
         name = signal.Signals(number).name

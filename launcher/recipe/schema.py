@@ -189,7 +189,7 @@ class Cluster(Section):
     failures starts the count anew. A lost machine does not count, unless nothing was saved since the failure before."""
     wait_s: Annotated[float, Field(gt=0)] = 600
     """How long a run waits, in seconds, until a lost machine is back or another has joined; then it fails."""
-    hang_timeout_s: Annotated[float, Field(gt=0)] | None = 600
+    hang_timeout_s: Annotated[float, Field(ge=1)] | None = 600
     """After so many seconds in which no rank makes progress the run is looked into: stacks of all ranks go to its
     logs, the culprit is named and killed, and the run goes on from its last checkpoint. Longer than the longest micro
     batch takes, and shorter than the 1800 after which collectives give up. `null`: never."""

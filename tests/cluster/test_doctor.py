@@ -76,8 +76,10 @@ def test_a_host_that_is_down_and_one_whose_keeper_was_killed_are_wrong(cluster: 
     assert lost["says"].startswith("its keeper is gone")
     assert lost["hint"] == "slipway cluster up brings it back"
     cluster[2].cut()
-    code, found, _ = findings(cluster)
-    cluster[2].mend()
+    try:
+        code, found, _ = findings(cluster)
+    finally:
+        cluster[2].mend()
     assert code == 2
     (lost,) = found[cluster[2].address]
     assert lost["state"] == "wrong"

@@ -197,9 +197,9 @@ def test_what_cannot_be_reached_is_named(
         head.run("cp -p ~/kept ~/.ray/auth_token; rm ~/kept")
     assert said.startswith(f"error: ssh://{head.address} takes another token: ~/.ray/auth_token of {head.address} is ")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "b" * 64)
-    assert f"error: http://{head.address}:8265 takes another token" in refused(
-        "--address", f"http://{head.address}:8265"
-    )
+    said = refused("--address", f"http://{head.address}:8265")
+    assert f"error: http://{head.address}:8265 takes another token" in said
+    assert f"note: the token goes to http://{head.address}:8265 unencrypted; ssh://HEAD hides it" in said
     assert "b" * 64 not in capsys.readouterr().err
 
 

@@ -134,7 +134,9 @@ def port_taken(hosts: Hosts) -> tuple[list[str], str]:
     return [], r"port 52365 is taken: python\S*, process \d+"
 
 
-SPOILT = [wrong_key, other_host_key, host_down, no_python, other_version, other_token, stale_token, port_taken]
+LONG = [other_host_key, stale_token]
+SPOILT = [wrong_key, host_down, no_python, other_version, other_token, port_taken]
+SPOILT += [pytest.param(spoil, marks=pytest.mark.long) for spoil in LONG]
 
 
 @pytest.mark.parametrize("spoil", SPOILT, ids=lambda spoil: spoil.__name__)
@@ -159,16 +161,17 @@ def test_what_is_wrong_is_named_by_host(hosts: Hosts, spoil: Callable[[Hosts], t
 
 
 def test_all_hosts_are_named_at_once(hosts: Hosts) -> None:
-    """Fewer GPUs than slots on all, and a name that nobody knows."""
+    """Fewer GPUs than slots on all, a name that nobody knows, and one that is another's."""
     file = of(hosts, 1, 2, 3, ending=" slots=8")
     with file.open("a") as out:
-        out.write("nobody.invalid slots=8\n")
+        out.write("nobody.invalid slots=8\nhost1 slots=8\n")
     done = slipway(hosts, "up", hostfile=file)
     assert done.returncode == 2
     for host in hosts:
         assert f"{host.address}: 0 GPUs (no NVIDIA driver), the hostfile says slots=8" in done.stderr
     assert "nobody.invalid: ssh: Could not resolve hostname nobody.invalid" in done.stderr
-    assert done.stderr.count("hint: ") == 4
+    assert f"host1: is the same machine as {hosts[1].address}" in done.stderr
+    assert done.stderr.count("hint: ") == 6
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +223,7 @@ def test_the_dashboard_is_on_loopback(hosts: Hosts, cluster: str) -> None:
     assert "00000000:2049" not in listening
 
 
+@pytest.mark.long  # a run does without one in test_faults, too
 def test_a_raylet_that_is_killed_comes_back(hosts: Hosts, cluster: str) -> None:
     before = members(hosts)
     for process in hosts[2].processes("raylet/raylet"):
@@ -230,9 +234,57 @@ def test_a_raylet_that_is_killed_comes_back(hosts: Hosts, cluster: str) -> None:
     until(lambda: len(members(hosts)) == 3, 30, "the dead node stays")
 
 
+def test_down_leaves_nothing(hosts: Hosts, cluster: str) -> None:
+    done = slipway(hosts, "down")
+    assert (done.returncode, done.stdout) == (0, "down: Ray ran on 3 of 3 hosts\n"), done.stderr
+    for host in hosts:
+        assert not own(host), [process.cmdline() for process in own(host)]
+        earlier = ".ray\n" if host is hosts[3] else ""
+        assert host.run("ls -A ~ | grep -E '^.(ray|slipway)$'").stdout == earlier
+    assert hosts[3].run("cat ~/.ray/auth_token").stdout == "earlier", "what was there is put back"
+    done = slipway(hosts, "down")
+    assert (done.returncode, done.stdout) == (0, "down: Ray ran on 0 of 3 hosts\n")
+
+
+@pytest.mark.long  # 30 s, most of it venv
+def test_install_makes_an_environment(hosts: Hosts) -> None:
+    """Without a network pip is told to take the wheel alone; what it depends on is then found missing, and lent."""
+    for line in ("export PIP_NO_INDEX=1", "export PIP_NO_DEPS=1"):
+        before_bashrc(hosts[1], line)
+    file = of(hosts, 1)
+    done = slipway(hosts, "up", "--install", "--python", PYTHON, hostfile=file)
+    assert done.returncode == 2
+    assert f"{hosts[1].address}: {Path.home()}/.slipway/venv/bin/python has no ray" in done.stderr
+    assert "slipway" not in done.stderr.partition("has no ray")[0].replace(".slipway", "")
+    packages = next(path for path in sys.path if path.endswith("site-packages"))
+    lent = hosts[1].run(f"echo {packages} > $(echo ~/.slipway/venv/lib/python3*/site-packages)/lent.pth")
+    assert lent.returncode == 0, lent.stderr
+    began = hosts[1].run("stat -c %Y ~/.slipway/venv/pyvenv.cfg").stdout
+    try:
+        done = slipway(hosts, "up", "--install", "--python", PYTHON, hostfile=file)
+        assert done.returncode == 0, done.stderr
+        assert hosts[1].run("stat -c %Y ~/.slipway/venv/pyvenv.cfg").stdout == began, "made again"
+        ours = f"{Path.home()}/.slipway/venv"
+        assert hosts[1].processes(f"{ours}/bin/python -P -m launcher.cluster.node keep")
+        code = "import launcher; print(launcher.__file__)"
+        done_ = subprocess.run(hosts[1].ssh(f"cd /; {ours}/bin/python -c '{code}'"), capture_output=True, text=True)
+        assert done_.stdout.startswith(ours)
+    finally:
+        assert slipway(hosts, "down", hostfile=file).returncode == 0
+        hosts[1].run("sed -i /^export/d ~/.bashrc; rm -rf ~/.slipway/venv")
+    assert not own(hosts[1])
+
+
+def test_install_without_a_wheel(hosts: Hosts, tmp_path: Path) -> None:
+    done = slipway(hosts, "up", "--wheel", tmp_path / "nothing.whl")
+    assert done.returncode == 2
+    assert "nothing.whl: no wheel" in done.stderr
+
+
 @pytest.mark.long
-def test_a_lost_host_is_named_and_brought_back(hosts: Hosts, cluster: str) -> None:
+def test_a_lost_host_is_named_and_brought_back(hosts: Hosts) -> None:
     """`up` again: those that run are left alone."""
+    assert slipway(hosts, "up").returncode == 0
     before = members(hosts)
     hosts[3].power_off()
     done = slipway(hosts, "up")
@@ -249,50 +301,7 @@ def test_a_lost_host_is_named_and_brought_back(hosts: Hosts, cluster: str) -> No
     assert after[hosts[1].address] == before[hosts[1].address]
     assert after[hosts[2].address] == before[hosts[2].address]
     assert after[hosts[3].address] != before[hosts[3].address]
-
-
-def test_down_leaves_nothing(hosts: Hosts, cluster: str) -> None:
-    done = slipway(hosts, "down")
-    assert (done.returncode, done.stdout) == (0, "down: Ray ran on 3 of 3 hosts\n"), done.stderr
-    for host in hosts:
-        assert not own(host), [process.cmdline() for process in own(host)]
-        assert host.run("ls -A ~ | grep -E '^.(ray|slipway)$'").stdout == ""
-    done = slipway(hosts, "down")
-    assert (done.returncode, done.stdout) == (0, "down: Ray ran on 0 of 3 hosts\n")
-
-
-@pytest.mark.long  # 30 s, most of it venv
-def test_install_makes_an_environment(hosts: Hosts) -> None:
-    """Without a network pip is told to take the wheel alone; what it depends on is then found missing, and lent."""
-    for line in ("export PIP_NO_INDEX=1", "export PIP_NO_DEPS=1"):
-        before_bashrc(hosts[1], line)
-    file = of(hosts, 1)
-    done = slipway(hosts, "up", "--install", "--python", PYTHON, hostfile=file)
-    assert done.returncode == 2
-    assert f"{hosts[1].address}: {Path.home()}/.slipway/venv/bin/python has no ray" in done.stderr
-    assert "slipway" not in done.stderr.partition("has no ray")[0].replace(".slipway", "")
-    packages = next(path for path in sys.path if path.endswith("site-packages"))
-    lend = "for folder in ~/.slipway/venv/lib/python3*/site-packages; do echo $0 > $folder/lent.pth; done"
-    assert subprocess.run(hosts[1].ssh(f"bash -c {json.dumps(lend)} {packages}")).returncode == 0
-    began = hosts[1].run("stat -c %Y ~/.slipway/venv/pyvenv.cfg").stdout
-    try:
-        done = slipway(hosts, "up", "--install", "--python", PYTHON, hostfile=file)
-        assert done.returncode == 0, done.stderr
-        assert hosts[1].run("stat -c %Y ~/.slipway/venv/pyvenv.cfg").stdout == began, "made again"
-        ours = f"{Path.home()}/.slipway/venv"
-        assert hosts[1].processes(f"{ours}/bin/python -m launcher.cluster.node keep")
-        code = "import launcher; print(launcher.__file__)"
-        done_ = subprocess.run(hosts[1].ssh(f"cd /; {ours}/bin/python -c '{code}'"), capture_output=True, text=True)
-        assert done_.stdout.startswith(ours)
-    finally:
-        assert slipway(hosts, "down", hostfile=file).returncode == 0
-    assert not own(hosts[1])
-
-
-def test_install_without_a_wheel(hosts: Hosts, tmp_path: Path) -> None:
-    done = slipway(hosts, "up", "--wheel", tmp_path / "nothing.whl")
-    assert done.returncode == 2
-    assert "nothing.whl: no wheel" in done.stderr
+    assert slipway(hosts, "down").returncode == 0
 
 
 @pytest.mark.long

@@ -282,6 +282,8 @@ def test_the_frame_that_tells_most() -> None:
     )
     assert training_frame(stack) == "agree (launcher/train/loop.py:204)"
     assert training_frame("no stack: ...") is None
+    below = "/home/ray/lib/python3.11/site-packages/launcher/driver/worker.py:90"
+    assert training_frame(f'Thread 12 (idle): "MainThread"\n    train_worker ({below})\n') is None
 
 
 @pytest.mark.parametrize(("timeout_s", "every_s"), [(3, 0.5), (100, 5), (600, 10), (6000, 10)])

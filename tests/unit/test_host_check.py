@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import socket
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ import launcher
 from launcher.cluster import probe
 from launcher.cluster.host_check import Wanted, findings, skew_s
 from launcher.cluster.hostfile import Host
+from launcher.cluster.keeper import Node
 
 HEAD = {
     "python": [*sys.version_info[:3]],
@@ -112,6 +116,51 @@ def test_the_round_trip_is_no_skew() -> None:
     assert skew_s(100, 103, 110, 111) == pytest.approx(8)
     assert skew_s(100, 103, 90, 91) == pytest.approx(-10)
     assert skew_s(100, 103, 102.5, 103.5) == pytest.approx(0.5)
+
+
+def test_a_module_of_the_users_in_home_is_not_taken_for_pythons(tmp_path: Path) -> None:
+    """ssh begins in HOME, and Python would look there first."""
+    (tmp_path / "random.py").write_text("raise SystemExit('mine')\n")
+    asked = {"packages": ["slipway"], "name": "localhost", "ports": [], "mark": None}
+    command = [*Wanted(sys.executable).interpreter(), "-", json.dumps(asked)]
+    with open(probe.__file__, "rb") as script:
+        done = subprocess.run(command, stdin=script, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    words = Node("worker", "b", "10.0.0.2", "10.0.0.1:6379", 0, "127.0.0.1", 8265).command()
+    assert words[1].startswith("-P")
+
+
+def test_two_that_start_at_once_share_a_token_and_a_keeper(tmp_path: Path) -> None:
+    node = json.dumps(vars(Node("worker", "b", "127.0.0.1", "127.0.0.1:9", 0, "127.0.0.1", 8265)))  # waits for a head
+    environment = os.environ | {"HOME": str(tmp_path)}
+
+    def both(*arguments: str) -> list[dict[str, Any]]:
+        command = [sys.executable, "-P", "-m", "launcher.cluster.node", *arguments]
+        how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+        started = [subprocess.Popen(command, **how) for _ in range(2)]  # type: ignore[call-overload]
+        said = [process.communicate(timeout=120) for process in started]
+        assert [process.returncode for process in started] == [0, 0], said
+        return [json.loads(out) for out, _ in said]
+
+    first, second = both("token")
+    assert first == second
+    try:
+        first, second = both("start", node)
+        assert first["pid"] == second["pid"]
+        assert {first["started"], second["started"]} == {True, False}
+    finally:
+        stop = [sys.executable, "-P", "-m", "launcher.cluster.node", "stop"]
+        done = subprocess.run(stop, capture_output=True, text=True, env=environment)
+    assert json.loads(done.stdout) == {"running": True, "left": []}
+    assert not list(tmp_path.iterdir()), "the token and all else is gone"
+
+
+def test_of_both_kinds_of_address_ipv4_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a resolver gives them that prefers IPv6; both are this machine's own in the eyes of this test."""
+    both = [(0, 0, 0, "", ("fd00::7", 0, 0, 0)), (0, 0, 0, "", ("10.0.0.7", 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: both)
+    monkeypatch.setattr(probe, "_is_own", lambda address: True)
+    assert probe.own_address("worker-1") == "10.0.0.7"
 
 
 def test_the_probe_needs_nothing_but_python() -> None:

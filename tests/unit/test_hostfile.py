@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -127,6 +131,8 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 def test_a_host_on_the_command_line() -> None:
     assert parse_host("ssh://admin@head:2222/") == parse_host("admin@head:2222") == Host("head", "admin", 2222)
     assert parse_host("fd00::7") == parse_host("[fd00::7]") == Host("fd00::7")
+    for host in (Host("head"), Host("head", "admin", 2222), Host("fd00::7"), Host("fd00::7", "admin", 2222)):
+        assert parse_host(host.url) == host
     with pytest.raises(ClusterError, match="'head two': not a name or address"):
         parse_host("head two")
 
@@ -139,6 +145,39 @@ def test_ssh_takes_no_name_for_an_option() -> None:
     done = subprocess.run([*argv, "true"], capture_output=True, text=True)
     assert done.returncode == 255
     assert "hostname contains invalid characters" in done.stderr
+
+
+def test_what_a_config_has_for_people_who_log_in_is_not_for_us(tmp_path: Path) -> None:
+    """A terminal would echo what goes to stdin; a command of the config's would leave no place for ours."""
+    config = tmp_path / "config"
+    config.write_text("Host *\n  RequestTTY force\n  RemoteCommand tmux\n  BatchMode no\n  LogLevel QUIET\n")
+    argv = Ssh(config).argv(Host("head"))
+    done = subprocess.run([argv[0], "-G", *argv[1:]], capture_output=True, text=True, check=True)
+    said = set(done.stdout.splitlines())
+    assert {"requesttty false", "batchmode yes", "loglevel ERROR"} <= said
+    assert not [line for line in said if line.startswith("remotecommand ") and line != "remotecommand none"]
+
+
+@pytest.mark.parametrize("verb", ["up", "down"])
+def test_ctrl_c_ends_it_with_130(tmp_path: Path, verb: str) -> None:
+    (tmp_path / "hostfile").write_text("head\n")
+    (tmp_path / "config").write_text(f"Host *\n  ProxyCommand sh -c 'touch {tmp_path}/asked; exec sleep 60'\n")
+    files = [f"--hostfile={tmp_path}/hostfile", f"--ssh-config={tmp_path}/config"]
+    # A session of its own: its ssh gets the Ctrl-C too, as from a terminal.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launcher", "cluster", verb, *files],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not (tmp_path / "asked").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "stopped before all hosts were " in err
+    assert "hint: the same command goes on" in err
 
 
 def test_no_ssh_program(monkeypatch: pytest.MonkeyPatch) -> None:

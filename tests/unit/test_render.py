@@ -155,6 +155,7 @@ def test_no_value_reaches_a_shell_unquoted(here: Path, python: str, tmp_path: Pa
         ([Host("no-such-host.invalid")], "no-such-host.invalid has no IPv4 address"),
         ([Host("fd00::7")], "fd00::7 has no IPv4 address"),
         ([Host("10.0.0.1", "ann"), Host("10.0.0.2", "bob")], "hosts of several users: ann, bob"),
+        ([Host("localhost", where="hostfile:1"), Host("10.0.0.2")], "hostfile:1: localhost is 127.0.0.1 here"),
     ],
 )
 def test_hosts_that_ray_cannot_reach_are_refused(hosts: list[Host], words: str) -> None:

@@ -13,6 +13,7 @@ from launcher.driver.resume import (
     existing_plan,
     has_finished,
     refuse_other_recipe,
+    resumed_plan,
     run_to_resume,
 )
 from launcher.driver.start import create_run_folder
@@ -141,6 +142,16 @@ def test_what_would_change_the_numbers_is_named_and_the_rest_is_taken(here: Path
     refuse_other_recipe(longer, load("x.yaml", told[:1]))
     again = continued(longer, load("x.yaml", told[:1]), this_machine(), asks_for_workers=False)
     assert again.lifecycle == plan.lifecycle
+
+
+def test_a_longer_wait_for_lost_machines_leaves_the_layout_as_it_was() -> None:
+    plan = begun("mine")
+    odd = plan.model_copy(update={"layout": plan.layout.model_copy(update={"micro_batch_size": 3})})
+    odd.save(Path("mine") / "plan.json")
+    longer = resumed_plan("mine", ["cluster.wait_s=5", "cluster.hang_timeout_s=null"], this_machine())
+    assert (longer.lifecycle.wait_s, longer.lifecycle.hang_timeout_s) == (5.0, None)
+    assert longer.layout == odd.layout
+    assert resumed_plan("mine", ["cluster.workers=1"], this_machine()).layout == plan.layout
 
 
 def test_the_same_files_from_another_place_are_the_same(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,13 @@ import yaml
 
 from launcher.cluster.auth_token import put, read, restore, write_private
 from launcher.cluster.hostfile import Host, parse_host, read_hostfile
-from launcher.cluster.jobs import Head
+from launcher.cluster.jobs import Head, _Client
 from launcher.cluster.kuberay import ray_job
 from launcher.cluster.ray_yaml import cluster_file
 from launcher.cluster.slurm import batch_script
 from launcher.cluster.ssh import Ssh
 from launcher.cluster.submit import entrypoint, prepare
+from launcher.cluster.tunnel import Tunnel
 from launcher.driver import secrets
 from launcher.driver.start import environment
 from launcher.errors import ClusterError, HostsError
@@ -133,18 +134,18 @@ def test_words_arrive_in_a_job_as_they_were_typed(place: Path, recipe: LoadedRec
 
 def test_a_cluster_file_holds_no_secret_and_runs_nobodys_words(place: Path) -> None:
     python = "/opt/a b;$(touch hit)'`touch hit`/bin/python"
-    hosts = [Host("127.0.0.1", "admin", slots=2), Host("127.0.0.2", "admin", slots=4)]
+    hosts = [Host("10.0.0.1", "admin", slots=2), Host("10.0.0.2", "admin", slots=4)]
     text = cluster_file(hosts, python, {"~/recipes": "/here/$(touch hit)"}, ssh_private_key="/k;touch hit")
     assert is_clean(text)
     values = yaml.safe_load(text)
-    assert values["provider"] == {"type": "local", "head_ip": "127.0.0.1", "worker_ips": ["127.0.0.2"]}
+    assert values["provider"] == {"type": "local", "head_ip": "10.0.0.1", "worker_ips": ["10.0.0.2"]}
     programs = place / "programs"
     programs.mkdir()
     for program in ("ray", "setsid"):
         (programs / program).write_text('#!/bin/sh\necho "$(basename "$0")" "$@" "$RAY_AUTH_MODE" >> "$HOME/asked"\n')
         (programs / program).chmod(0o755)
     home = place / "home"
-    env = {"HOME": str(home), "PATH": f"{programs}:/usr/bin:/bin", "SSH_CONNECTION": "127.0.0.9 1 127.0.0.2 22"}
+    env = {"HOME": str(home), "PATH": f"{programs}:/usr/bin:/bin", "SSH_CONNECTION": "127.0.0.9 1 10.0.0.2 22"}
     lines = [line for key in values if key.endswith("_commands") for line in values[key]]
     for line in lines:
         subprocess.run(["bash", "-c", f"{line}\nwait"], env=env, check=True, cwd=place)
@@ -197,6 +198,14 @@ def test_a_batch_jobs_token_is_never_written_into_somebody_elses_file(place: Pat
 
 def test_what_is_known_of_a_head_does_not_show_its_token() -> None:
     assert is_clean(repr(Head(Ssh(), Host("head"), TOKEN, "python", 8265, True)))
+
+
+def test_nothing_is_asked_through_a_tunnel_that_is_closed() -> None:
+    """Whoever listens at its port by then would be told the token."""
+    client = _Client.__new__(_Client)
+    client._tunnel = Tunnel(Ssh(), Host("head"))
+    with pytest.raises(ConnectionError):
+        client._do_request("GET", "/api/version")
 
 
 @pytest.mark.parametrize("word", EVIL)
