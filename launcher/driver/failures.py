@@ -77,8 +77,8 @@ def collect(
     return found
 
 
-def death(error: BaseException) -> str | None:
-    """What became of a worker's process, by what Ray says of it; None where the worker raised an error of its own."""
+def death(error: BaseException | None) -> str | None:
+    """What became of an actor's process, by what Ray says of it; None where it raised an error of its own."""
     from ray.exceptions import ActorUnavailableError, NodeDiedError, OutOfMemoryError, RayActorError
 
     if isinstance(error, OutOfMemoryError):

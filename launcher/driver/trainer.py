@@ -20,7 +20,7 @@ from typing import Any
 
 from launcher.checkpoint.lease import current
 from launcher.driver import remote, secrets
-from launcher.driver.failures import collect, describe, recorded_failures, restarted, root_cause
+from launcher.driver.failures import collect, death, describe, recorded_failures, restarted, root_cause
 from launcher.driver.signals import handled, must_end_soon
 from launcher.driver.watch import Watcher, watching
 from launcher.errors import Interrupted, RunFailed, SlipwayError, Superseded
@@ -262,4 +262,9 @@ def named_failure(error: BaseException | None, plan: Plan, launch: int, hang: st
         cause = root_cause(collect(worker_failures, recorded, hosts))
         return RunFailed(describe(cause, run_dir, plan.lifecycle.max_failures), hint=hint)
     reason = str(error).strip() if error is not None else "the workers ended without a verdict"
+    if death(error) is not None:  # of Ray Train's controller, which runs on this very machine
+        return RunFailed(
+            f"Ray has ended, on this machine or on its head: {reason}",
+            hint=f"slipway doctor --cluster shows what is there; then: slipway resume {plan.location}",
+        )
     return RunFailed(f"Ray could not carry the run: {reason}", hint=hint)

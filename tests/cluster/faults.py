@@ -41,9 +41,12 @@ class Cluster:
         self.hosts, self.folder = hosts, folder
         self.hostfile = hosts.hostfile()
         for host in hosts:
-            # The hosts share this machine's CPUs: a thread that spins while it waits takes them from the other hosts.
-            shell = host.home / ".bashrc"
-            shell.write_text(f"export GOMP_SPINCOUNT=0\n{shell.read_text() if shell.exists() else ''}")
+            self.settle(host)
+
+    def settle(self, host: Host) -> None:
+        """After each boot: a shell start-up of its own, as this machine's may wait for locks that a cut-off or killed
+        shell has left. The hosts share the CPUs, and a thread that spins while it waits takes them from the others."""
+        (host.home / ".bashrc").write_text("export GOMP_SPINCOUNT=0\n")
 
     def __enter__(self) -> Cluster:
         self.up()

@@ -68,6 +68,8 @@ class Host:
         key = self.bed.folder / f"hostkey-{self.name}"
         if not key.exists():
             _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key))
+        # Its shells read nothing of this machine's start-up files: pyenv's take a lock, and where its owner was killed
+        # each login waits a minute for it.
         home, own = shlex.quote(str(Path.home())), shlex.quote(str(self.folder))
         sshd = [
             *("/usr/sbin/sshd", "-D", "-e", "-h", str(key), "-o", f"AuthorizedKeysFile={self.bed.folder}/id.pub"),
@@ -76,6 +78,7 @@ class Host:
         script = f"""hostname {self.name}
             mount -t tmpfs tmpfs {own} && mkdir {own}/up {own}/work {own}/ray
             mount -t overlay overlay -o lowerdir={home},upperdir={own}/up,workdir={own}/work {home}
+            rm -f {home}/.bashrc {home}/.profile {home}/.bash_profile {home}/.bash_login
             mkdir -p /tmp/ray && mount --bind {own}/ray /tmp/ray
             exec {shlex.join(sshd)}"""
         command = ["ip", "netns", "exec", self.netns, "unshare", "--uts", "--mount", "--pid", "--fork", "--mount-proc"]

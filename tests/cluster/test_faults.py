@@ -194,6 +194,7 @@ def begin_anew(cluster: Cluster, number: int) -> str:
         head.power_off()
         head.mend()
         head.boot()
+        cluster.settle(head)
     cluster.up()
     return ("Ray on it killed", "cluster down and up", "off and on")[number % 3]
 
