@@ -44,8 +44,7 @@ class Cluster:
             self.settle(host)
 
     def settle(self, host: Host) -> None:
-        """After each boot: a shell start-up of its own, as this machine's may wait for locks that a cut-off or killed
-        shell has left. The hosts share the CPUs, and a thread that spins while it waits takes them from the others."""
+        """After each boot. The hosts share the CPUs: a thread that spins while it waits takes them from the others."""
         (host.home / ".bashrc").write_text("export GOMP_SPINCOUNT=0\n")
 
     def __enter__(self) -> Cluster:
@@ -212,7 +211,7 @@ def measured(run: Run, fault: str, target: str, at: float, start: Record) -> Rec
         "noticed": next((when - at for when, line in said if any(sign in line for sign in signs)), None),
         "process": max(made) - at,
         "loaded": again["time"] - at,
-        "said": [line for _, line in said],
+        "said": [line.replace(f"{run.run_dir}/", "") for _, line in said],
     }
 
 

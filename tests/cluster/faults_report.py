@@ -92,16 +92,19 @@ def stage_table(found: Record) -> str:
     """Where the seconds until the next step go, for the faults that restart the workers; medians."""
     rows = []
     for kind, faults in by_kind(found["faults"]).items():
-        stages = [stage_seconds(fault) for fault in faults if fault.get("process")]
+        stages = [stage_seconds(fault) for fault in faults if "process" in fault]
         if stages:
-            rows.append([kind, *(f"{statistics.median(seconds):.1f}" for seconds in zip(*stages, strict=True))])
+            noticed, *others = (statistics.median(seconds) for seconds in zip(*stages, strict=True))
+            said = any(fault["noticed"] is not None for fault in faults)
+            rows.append([kind, f"{noticed:.1f}" if said else "", *(f"{seconds:.1f}" for seconds in others)])
     head = ["s, median", "until the run said so", "until new processes", "until they have loaded", "their first step"]
     return table(head, rows)
 
 
 def stage_seconds(fault: Record) -> tuple[float, float, float, float]:
-    """One after the other, they sum up to `seconds`."""
-    noticed = fault["noticed"] if fault["noticed"] is not None else 0.0
+    """One after the other; their sum is `seconds`."""
+    # A line may come a moment late.
+    noticed = min(fault["noticed"] or 0.0, fault["process"])
     return (
         noticed,
         fault["process"] - noticed,
