@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = "send it with `slipway submit RECIPE ...`, or quote such a word twice: \"'key=a value'\""
         what = f"{broken!r} did not arrive as it was typed: ray submit puts its arguments unquoted into a shell line"
         return app.report(UserError(what, hint))
-    return app.main(["run", "--address", "auto", *words])
+    return app.main(["run", "--address", "auto", "--say-hash", *words])
 
 
 def damaged(words: Sequence[str]) -> str | None:

@@ -173,7 +173,7 @@ def test_more_workers_than_the_cluster_holds_says_what_it_has(folder: Path) -> N
     with Command(folder, "run", "tiny.yaml", "cluster.workers=64", "--run-dir", folder / "many") as command:
         code, _, err = command.end()
     assert code == 2
-    assert "the run needs 64 workers of 1 CPUs; the cluster has room for" in err
+    assert "the run needs 64 workers of 1 CPU; there is room for" in err
     assert "hint: set cluster.workers to at most" in err
     assert not (folder / "many").exists()
 
