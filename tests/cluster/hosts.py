@@ -79,6 +79,7 @@ class Host:
             mount -t tmpfs tmpfs {own} && mkdir {own}/up {own}/work {own}/ray
             mount -t overlay overlay -o lowerdir={home},upperdir={own}/up,workdir={own}/work {home}
             rm -f {home}/.bashrc {home}/.profile {home}/.bash_profile {home}/.bash_login
+            : > {home}/.bashrc; echo '. ~/.bashrc' > {home}/.profile
             mkdir -p /tmp/ray && mount --bind {own}/ray /tmp/ray
             exec {shlex.join(sshd)}"""
         command = ["ip", "netns", "exec", self.netns, "unshare", "--uts", "--mount", "--pid", "--fork", "--mount-proc"]
