@@ -1,14 +1,16 @@
 """Who has joined the cluster, asked on its head: `python -m launcher.cluster.members ADDRESS SECONDS NAME...`.
 
-Waits until all of the names have joined, or for so many seconds, and prints one line of JSON.
+Waits until all of the names have joined, or for so many seconds, and prints one line of JSON. `--stale ID` is a node
+that does not count: the head takes a machine that lost its power for alive for another 55 s.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import sys
 import time
+from collections.abc import Collection
 from typing import Any
 
 POLL_S = 0.2
@@ -36,13 +38,13 @@ def living(address: str) -> list[dict[str, Any]]:
     ]
 
 
-def wait(address: str, timeout_s: float, names: list[str]) -> list[dict[str, Any]]:
-    """The living nodes, once all of `names` are among them or the time is over."""
+def wait(address: str, timeout_s: float, names: Collection[str], stale: Collection[str]) -> list[dict[str, Any]]:
+    """The living nodes whose id is not among `stale`, once all of `names` are among them or the time is over."""
     deadline = time.monotonic() + timeout_s
     nodes: list[dict[str, Any]] = []
     while True:
         try:
-            nodes = living(address)
+            nodes = [node for node in living(address) if node["id"] not in stale]
         except Exception:  # what a head says that is only just starting; each of Ray's layers has its own
             nodes = []
         if set(names) <= {node["name"] for node in nodes} or time.monotonic() > deadline:
@@ -51,4 +53,10 @@ def wait(address: str, timeout_s: float, names: list[str]) -> list[dict[str, Any
 
 
 if __name__ == "__main__":
-    print(json.dumps(wait(sys.argv[1], float(sys.argv[2]), sys.argv[3:])))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("address")
+    parser.add_argument("timeout_s", type=float)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--stale", action="append", default=[])
+    asked = parser.parse_args()
+    print(json.dumps(wait(asked.address, asked.timeout_s, asked.names, asked.stale)))

@@ -74,6 +74,11 @@ def up(
         )
         for number, host in enumerate(checked)
     }
+    members = [checked[0].python, "-P", "-m", "launcher.cluster.members", address]
+    stale: list[str] = []
+    idle = {host.host.name for host in checked if not host.facts["keeper"]}
+    if idle and head.host.name not in idle:  # it may still count a machine that has restarted since
+        stale = [node["id"] for node in _answer(head.host, ssh, [*members, "0"]) if node["name"] in idle]
     say("starting Ray")
     # All at once: a worker's keeper waits for the head by itself.
     started = ssh.everywhere(
@@ -84,8 +89,8 @@ def up(
         raise HostsError(problems)
     names = [host.name for host, answer in started.items() if not isinstance(answer, SlipwayError)]
     say(f"waiting for {len(names)} host{'s' * (len(names) != 1)} to join")
-    wait = ["-P", "-m", "launcher.cluster.members", address, str(timeout_s), *names]
-    joined = _answer(head.host, ssh, [checked[0].python, *wait], timeout_s=timeout_s + MARGIN_S)
+    wait = [*members, str(timeout_s), *names, *(f"--stale={node}" for node in stale)]
+    joined = _answer(head.host, ssh, wait, timeout_s=timeout_s + MARGIN_S)
     late = [host for host in nodes if host.name in names and host.name not in {node["name"] for node in joined}]
     reasons = ssh.everywhere(late, lambda host: _why(ssh, pythons[host], timeout_s, host))
     problems += _problems(reasons) + [reason for reason in reasons.values() if isinstance(reason, Problem)]

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -76,7 +77,7 @@ def until(said: Callable[[], bool], timeout_s: float, what: str) -> float:
 
 def before_bashrc(host: Host, line: str) -> None:
     """Put a line into what every command over ssh reads first."""
-    host.run(f"sed -i {json.dumps('1i ' + line)} ~/.bashrc")
+    host.run(f"echo {shlex.quote(line)} | cat - ~/.bashrc > ~/bashrc && mv ~/bashrc ~/.bashrc")
 
 
 # Each spoils host2 and says how to undo it, what `up` is given, and what it must say.
