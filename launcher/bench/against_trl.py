@@ -199,7 +199,7 @@ def by_setting(results: Sequence[dict[str, Any]]) -> list[Sequence[dict[str, Any
     return [results[start : start + len(KINDS)] for start in range(0, len(results), len(KINDS))]
 
 
-def machine() -> dict[str, Any]:
+def machine(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """What the figures were measured on."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     models = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
@@ -210,7 +210,7 @@ def machine() -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)),
         "memory": format_bytes(memory),
         "python": platform.python_version(),
-        "packages": {package: metadata.version(package) for package in PACKAGES},
+        "packages": {package: metadata.version(package) for package in packages},
         "load_before": os.getloadavg()[0],
     }
 

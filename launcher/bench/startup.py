@@ -23,6 +23,7 @@ from typing import Any
 from launcher.bench.against_trl import machine
 from launcher.train.metrics import read
 
+VERSIONS_OF = ("ray", "torch", "deepspeed")
 OURS, RAY, PACKAGES, WEIGHTS, TRAINING = "ours", "Ray", "packages", "weights", "training"
 PARTS = {
     "command": (OURS, "the interpreter, the command line and what they import"),
@@ -118,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         records = [one_run(folder, f"run-{n}", chosen.workers, chosen.address) for n in range(chosen.runs + 1)]
     found = {
-        "machine": machine(),
+        "machine": machine(VERSIONS_OF),
         "workers": chosen.workers,
         "joined": chosen.address is not None,
         "runs": [{"seconds": record["seconds"], "parts": record["parts"]} for record in records[1:]],

@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,7 @@ class Report:
     equal: dict[str, str] = field(default_factory=dict)
     """{fault: how equal the losses afterwards were}."""
     began: float = field(default_factory=time.time)
-    machine: Record = field(
-        default_factory=lambda: machine() | {"packages": {name: version(name) for name in PACKAGES}}
-    )
+    machine: Record = field(default_factory=lambda: machine(PACKAGES))
 
     def add(self, fault: Record) -> None:
         self.faults.append(fault)
