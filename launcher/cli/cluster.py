@@ -11,6 +11,7 @@ import typer
 from launcher.cli import render
 from launcher.cli.arguments import Hostfile, SshConfig
 from launcher.cli.cluster_render import render as render_
+from launcher.cluster.keeper import DASHBOARD_PORT, PORT
 
 
 def up(
@@ -31,13 +32,13 @@ def up(
     shared: Annotated[
         str | None, typer.Option("--shared", help="A folder that all hosts must see, such as /mnt/runs; it is checked")
     ] = None,
-    port: Annotated[int, typer.Option("--port", min=1024, max=65535, help="Ray's port on the head")] = 6379,
+    port: Annotated[int, typer.Option("--port", min=1024, max=65535, help="Ray's port on the head")] = PORT,
     dashboard_host: Annotated[
         str, typer.Option("--dashboard-host", help="Address of the head that Ray's dashboard listens on")
     ] = "127.0.0.1",
     dashboard_port: Annotated[
         int, typer.Option("--dashboard-port", min=1024, max=65535, help="Port of Ray's dashboard")
-    ] = 8265,
+    ] = DASHBOARD_PORT,
     wait_s: Annotated[
         int, typer.Option("--wait", min=1, metavar="SECONDS", help="How long hosts may take to join")
     ] = 120,

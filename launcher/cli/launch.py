@@ -14,7 +14,7 @@ from typing import Any
 from launcher.checkpoint.lease import Lease, acquire
 from launcher.cli import render
 from launcher.cli.progress import RunDisplay
-from launcher.driver import ahead, remote
+from launcher.driver import controller, remote
 from launcher.driver.connect import connected
 from launcher.driver.resume import continued, has_finished, ready_again, refuse_other_recipe, run_recipe, run_to_resume
 from launcher.driver.shared_folder import check_shared
@@ -96,7 +96,7 @@ def go_on(plan: Plan, address: str | None, make_plan: Callable[[Plan, ClusterFac
             startup.ended("plan")
             check_shared(resumed)
             startup.ended("shared folder")
-            ahead.start()
+            controller.start()
             startup.ended("training imports")
             return resumed
 

@@ -32,7 +32,7 @@ def command(
     """Fine-tune as a recipe says and export the model. Ctrl-C saves; `slipway resume` goes on."""
     from launcher.cli.launch import go_on_by_itself, introduce_recipe, launch
     from launcher.cli.progress import preparing
-    from launcher.driver import ahead, remote, secrets
+    from launcher.driver import controller, remote, secrets
     from launcher.driver.shared_folder import check_shared
     from launcher.driver.signals import ends_on_signals
     from launcher.driver.start import (
@@ -72,7 +72,7 @@ def command(
                 startup.ended("plan")
                 check_shared(plan)
                 startup.ended("shared folder")
-                ahead.start()
+                controller.start()
                 startup.ended("training imports")
                 with render.err().status("making the model ready"):
                     notes, fingerprint = base_model.wait()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,11 +66,10 @@ def _ask(ssh: Ssh, head: Checked, python: str, bandwidth: bool) -> Any:
     command = [python, "-P", "-m", "launcher.cluster.state", head.facts["keeper"]["head"], *(["bandwidth"] * bandwidth)]
     limit_s = STATE_TIMEOUT_S + (BANDWIDTH_TIMEOUT_S if bandwidth else 0)
     done = ssh.run(head.host, command, timeout_s=limit_s)
-    lines = [line for line in done.out.splitlines() if line.startswith("{")]
-    if not lines:
-        last = done.err.strip().splitlines()[-1:] or [f"it ended with {done.code}"]
-        raise ClusterError(f"{head.host.name}: the cluster's state cannot be had: {last[0]}", hint="slipway cluster up")
-    state = json.loads(lines[-1])
+    state = done.answer()
+    if state is None:
+        said = f"{head.host.name}: the cluster's state cannot be had: {done.last_words()}"
+        raise ClusterError(said, hint="slipway cluster up")
     if "error" in state:
         raise ClusterError(f"{head.host.name}: {state['error']}", state["hint"])
     return state

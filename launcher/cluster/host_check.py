@@ -15,7 +15,8 @@ from typing import Any
 import launcher
 from launcher.cluster import probe
 from launcher.cluster.hostfile import Host
-from launcher.cluster.ssh import Ssh
+from launcher.cluster.keeper import DASHBOARD_PORT, PORT
+from launcher.cluster.ssh import Ssh, problems_of
 from launcher.errors import ClusterError, HostsError, Problem, SlipwayError
 from launcher.units import format_bytes
 
@@ -46,8 +47,8 @@ class Wanted:
     """
 
     python: str | None = None
-    port: int = 6379
-    dashboard_port: int = 8265
+    port: int = PORT
+    dashboard_port: int = DASHBOARD_PORT
     shared: str | None = None
 
     def interpreter(self) -> list[str]:
@@ -94,11 +95,7 @@ def check_hosts(
     finally:
         if mark is not None:
             ssh.run(head, ["rm", "-f", "--", mark])
-    found: dict[Host, list[Problem]] = {}
-    for host, answer in answers.items():
-        if isinstance(answer, SlipwayError):
-            message = answer.message.removeprefix(f"{host.name}: ")
-            found[host] = [Problem(host.name, "", message, answer.hint)]
+    found = {host: problems_of({host: answer}) for host, answer in answers.items()}
     facts = {host: answer for host, answer in answers.items() if not isinstance(answer, SlipwayError)}
     first: dict[str, Host] = {}
     for host in facts:
@@ -141,20 +138,18 @@ def _ask(ssh: Ssh, wanted: Wanted, head: Host, mark: str | None, host: Host) -> 
     sent = time.time()
     done = ssh.run(host, [*wanted.interpreter(), "-", json.dumps(asked)], script, CHECK_TIMEOUT_S)
     answered = time.time()
-    lines = [line for line in done.out.splitlines() if line.startswith("{")]  # a login shell may say something first
+    answer = done.answer()
     if done.code in (126, 127):
         raise ClusterError(
             f"{host.name}: no Python at {python}",
             hint="--python PATH names it, or --install makes an environment on every host",
         )
-    if done.code != 0 or not lines:
-        said = done.err.strip().splitlines()[-1:] or [f"it ended with {done.code}"]
+    if done.code != 0 or answer is None:
         raise ClusterError(
-            f"{host.name}: {python} cannot run the check: {said[0]}",
+            f"{host.name}: {python} cannot run the check: {done.last_words()}",
             hint="--python PATH names another one, or --install makes an environment on every host",
         )
-    facts: dict[str, Any] = json.loads(lines[-1])
-    return facts | {"skew_s": skew_s(sent, answered, *facts["clock"])}
+    return dict(answer) | {"skew_s": skew_s(sent, answered, *answer["clock"])}
 
 
 def skew_s(sent: float, answered: float, began: float, ended: float) -> float:

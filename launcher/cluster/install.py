@@ -15,8 +15,8 @@ from pathlib import Path
 import launcher
 from launcher.cluster.host_check import LIKE_HEAD
 from launcher.cluster.hostfile import Host
-from launcher.cluster.ssh import Ssh
-from launcher.errors import ClusterError, HostsError, Problem, SlipwayError
+from launcher.cluster.ssh import Ssh, problems_of
+from launcher.errors import ClusterError, HostsError
 
 INSTALL_TIMEOUT_S = 1800
 """torch alone is 2 GB or more with what it needs for GPUs."""
@@ -81,11 +81,7 @@ def install(
             )
 
     say(f"installing Slipway on {len(hosts)} host{'s' * (len(hosts) != 1)}")
-    problems = [
-        Problem(host.name, "", error.message.removeprefix(f"{host.name}: "), error.hint)
-        for host, error in ssh.everywhere(hosts, one).items()
-        if isinstance(error, SlipwayError)
-    ]
+    problems = problems_of(ssh.everywhere(hosts, one))
     if problems and not allow_missing:
         raise HostsError(problems)
 

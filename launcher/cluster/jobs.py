@@ -21,8 +21,9 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from launcher.cluster.hostfile import Host, parse_host
+from launcher.cluster.keeper import DASHBOARD_PORT
 from launcher.cluster.ssh import Ssh
-from launcher.cluster.tunnel import DASHBOARD_PORT, Tunnel
+from launcher.cluster.tunnel import Tunnel
 from launcher.errors import ClusterError, RunFailed, UserError
 
 ANSWER_TIMEOUT_S = 12.0

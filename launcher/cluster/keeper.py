@@ -29,6 +29,8 @@ from launcher.cluster.auth_token import write_private
 from launcher.cluster.probe import boot, started_at, state_folder
 from launcher.driver.connect import QUIET
 
+PORT, DASHBOARD_PORT = 6379, 8265
+"""Of the head, where nobody asks for others: Ray's own defaults."""
 LOG = "node.log"
 LOG_BYTES = 2**20
 """Of the log, and of the one before it that is kept."""

@@ -15,13 +15,12 @@ from collections.abc import Mapping, Sequence
 import yaml
 
 from launcher.cluster.hostfile import Host
-from launcher.cluster.keeper import PATIENCE
+from launcher.cluster.keeper import OPEN_FILES, PATIENCE, PORT
 from launcher.driver.connect import QUIET
 from launcher.errors import ClusterError
 
-PORT = 6379
 TOKEN = "~/.ray/auth_token"
-OPEN_FILES = 'ulimit -S -n 65536 2> /dev/null || ulimit -S -n "$(ulimit -H -n)";'
+RAISE_OPEN_FILES = f'ulimit -S -n {OPEN_FILES} 2> /dev/null || ulimit -S -n "$(ulimit -H -n)";'
 """Shell: a group of 1,000 ranks has a connection to each other one, and many systems give 1,024."""
 _PLAIN = re.compile(r"[A-Za-z0-9._/@%+=,~-]+")
 
@@ -143,7 +142,7 @@ def _environment(python: str) -> str:
     """Shell: what Ray's processes are started with."""
     values = QUIET | PATIENCE | {"RAY_AUTH_MODE": "token"}
     return (
-        f"{_path(python)} {OPEN_FILES} unset OMP_NUM_THREADS PYTHONWARNINGS;"
+        f"{_path(python)} {RAISE_OPEN_FILES} unset OMP_NUM_THREADS PYTHONWARNINGS;"
         f" export {' '.join(f'{key}={value}' for key, value in values.items())};"
     )
 

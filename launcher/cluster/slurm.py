@@ -7,7 +7,7 @@ import re
 import shlex
 
 from launcher.cluster.keeper import PATIENCE
-from launcher.cluster.ray_yaml import OPEN_FILES
+from launcher.cluster.ray_yaml import RAISE_OPEN_FILES
 from launcher.recipe.load import LoadedRecipe
 from launcher.units import parse_seconds
 
@@ -103,5 +103,5 @@ def batch_script(
         run_dir=shlex.quote(run_dir),
         environment=" ".join(f"{key}={value}" for key, value in environment.items()),
         join_s=JOIN_S,
-        open_files=OPEN_FILES,
+        open_files=RAISE_OPEN_FILES,
     )

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import shlex
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from launcher.cluster.hostfile import Host
-from launcher.errors import ClusterError, SlipwayError
+from launcher.errors import ClusterError, Problem, SlipwayError
 
 T = TypeVar("T")
 
@@ -53,6 +54,15 @@ class Done:
     code: int
     out: str
     err: str
+
+    def answer(self) -> Any:
+        """The JSON of the last line that is some, since a login shell may say more; None where there is none."""
+        lines = [line for line in self.out.splitlines() if line.startswith(("{", "["))]
+        return json.loads(lines[-1]) if lines else None
+
+    def last_words(self) -> str:
+        """Why it failed, in its own words."""
+        return (self.err.strip().splitlines() or [f"it ended with {self.code}"])[-1]
 
 
 class Ssh:
@@ -153,6 +163,15 @@ class Ssh:
             return self._program(host)
         options = ("ControlMaster=auto", f"ControlPath={self._sockets}/%C", "ControlPersist=60")
         return [*self._program(host), *(word for option in options for word in ("-o", option))]
+
+
+def problems_of(answers: Mapping[Host, Any]) -> list[Problem]:
+    """What went wrong on the hosts that gave no answer."""
+    return [
+        Problem(host.name, "", error.message.removeprefix(f"{host.name}: "), error.hint)
+        for host, error in answers.items()
+        if isinstance(error, SlipwayError)
+    ]
 
 
 def _not_reached(host: Host, said: str) -> ClusterError:

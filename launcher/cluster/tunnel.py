@@ -15,10 +15,10 @@ import time
 from typing import IO
 
 from launcher.cluster.hostfile import Host
+from launcher.cluster.keeper import DASHBOARD_PORT
 from launcher.cluster.ssh import Ssh
 from launcher.errors import ClusterError
 
-DASHBOARD_PORT = 8265
 OPEN_TIMEOUT_S = 20.0
 _END_S = 5.0
 _READY = b"slipway-tunnel\n"

@@ -11,7 +11,7 @@ from launcher.cluster.host_check import Wanted, check_hosts
 from launcher.cluster.hostfile import Host
 from launcher.cluster.keeper import GRACE_S, Node
 from launcher.cluster.node import START_TIMEOUT_S
-from launcher.cluster.ssh import Ssh
+from launcher.cluster.ssh import Ssh, problems_of
 from launcher.errors import ClusterError, HostsError, Problem, SlipwayError
 
 MARGIN_S = 20
@@ -84,7 +84,7 @@ def up(
     started = ssh.everywhere(
         list(nodes), lambda host: _call(ssh, pythons[host], host, "start", json.dumps(vars(nodes[host])))
     )
-    problems = _problems(started)
+    problems = problems_of(started)
     if problems and not (allow_missing and not isinstance(started[head.host], SlipwayError)):
         raise HostsError(problems)
     names = [host.name for host, answer in started.items() if not isinstance(answer, SlipwayError)]
@@ -93,7 +93,7 @@ def up(
     joined = _answer(head.host, ssh, wait, timeout_s=timeout_s + MARGIN_S)
     late = [host for host in nodes if host.name in names and host.name not in {node["name"] for node in joined}]
     reasons = ssh.everywhere(late, lambda host: _why(ssh, pythons[host], timeout_s, host))
-    problems += _problems(reasons) + [reason for reason in reasons.values() if isinstance(reason, Problem)]
+    problems += problems_of(reasons) + [reason for reason in reasons.values() if isinstance(reason, Problem)]
     if late and (head.host in late or not allow_missing):
         raise HostsError(problems)
     order = {host.name: number for number, host in enumerate(hosts)}
@@ -112,7 +112,7 @@ def down(ssh: Ssh, hosts: Sequence[Host]) -> int:
         return dict(_answer(host, ssh, ["sh", "-s"], _STOP.encode(), timeout_s=GRACE_S + MARGIN_S))
 
     answers = ssh.everywhere(hosts, stop)
-    problems = _problems(answers)
+    problems = problems_of(answers)
     for host, answer in answers.items():
         if not isinstance(answer, SlipwayError) and answer["left"]:
             hint = "the processes do not end even when killed: dmesg on the host may say what they wait for"
@@ -129,7 +129,7 @@ def _share_token(ssh: Ssh, pythons: dict[Host, str]) -> None:
     prepared = ssh.everywhere(
         list(pythons), lambda host: _call(ssh, pythons[host], host, "prepare", stdin=token.encode())
     )
-    if problems := _problems(prepared):
+    if problems := problems_of(prepared):
         raise HostsError(problems)
 
 
@@ -151,17 +151,9 @@ def _call(ssh: Ssh, python: str, host: Host, verb: str, *arguments: str, stdin: 
 def _answer(host: Host, ssh: Ssh, command: Sequence[str], stdin: bytes | None = None, timeout_s: float = 30) -> Any:
     """The JSON that a command of ours prints. Raises ClusterError with its last words if it fails."""
     done = ssh.run(host, command, stdin, timeout_s)
-    lines = [line for line in done.out.splitlines() if line.startswith(("{", "["))]  # a login shell may say more
-    if done.code == 0 and lines:
-        return json.loads(lines[-1])
-    said = (done.err.strip().splitlines() or [f"it ended with {done.code}"])[-1]
-    raise ClusterError(f"{host.name}: {said}", hint=f"ssh {host.destination}, and look at ~/.slipway/cluster there")
-
-
-def _problems(answers: dict[Host, Any]) -> list[Problem]:
-    """What went wrong on the hosts that gave no answer."""
-    return [
-        Problem(host.name, "", error.message.removeprefix(f"{host.name}: "), error.hint)
-        for host, error in answers.items()
-        if isinstance(error, SlipwayError)
-    ]
+    answer = done.answer()
+    if done.code == 0 and answer is not None:
+        return answer
+    raise ClusterError(
+        f"{host.name}: {done.last_words()}", hint=f"ssh {host.destination}, and look at ~/.slipway/cluster there"
+    )

@@ -367,7 +367,7 @@ def policy(terms: Terms) -> Policy:
     return Policy(terms)
 
 
-class Watch(WorkerGroupCallback):
+class StartedGroups(WorkerGroupCallback):
     """Shows the policy each worker group before it is connected; comes before Ray's own callbacks."""
 
     def __init__(self, terms: Terms) -> None:

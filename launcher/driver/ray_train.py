@@ -11,8 +11,8 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 
-from launcher.driver import ahead
-from launcher.driver.elastic import Terms, Watch, policy, scaling_config
+from launcher.driver import controller
+from launcher.driver.elastic import StartedGroups, Terms, policy, scaling_config
 
 
 class Trainer(TorchTrainer):
@@ -31,12 +31,12 @@ class Trainer(TorchTrainer):
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
         ours = policy(self.terms)
         settings |= {"scaling_policy": ours, "failure_policy": ours}
-        # As Ray Train does, but in the process that `ahead` has started for it.
+        # As Ray Train does, but in the process that `controller.start` has started for it.
         environment = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0"} | get_env_vars_to_propagate()
-        return ray.get(ahead.controller().run.remote(environment, settings))
+        return ray.get(controller.started().run.remote(environment, settings))
 
     def _create_default_callbacks(self) -> list[Any]:
-        callbacks: list[Any] = [Watch(self.terms), *super()._create_default_callbacks()]
+        callbacks: list[Any] = [StartedGroups(self.terms), *super()._create_default_callbacks()]
         if not get_dashboard_url():
             return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
         return callbacks

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import time
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
+
+from launcher.train.beat import born
 
 Ended = tuple[str, float]
 """A part and when it ended, seconds since 1970; it began where the one before it ended."""
@@ -27,8 +28,8 @@ def begin() -> None:
 
 def process_start() -> float:
     """When this process was started, seconds since 1970, to 0.01 s."""
-    after_name = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2]
-    ticks = int(after_name.split()[19])  # proc(5): starttime
+    ticks = born(os.getpid())
+    assert ticks is not None
     # Not psutil's create_time: it counts from the second in which the machine was started, and is up to 1 s early.
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 

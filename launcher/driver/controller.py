@@ -1,4 +1,4 @@
-"""What Ray Train needs before it can place a worker, begun while the model is still being made ready.
+"""Ray Train's controller, begun while the model is still being made ready.
 
 Ray Train's controller is a process of its own that imports Ray Train and torch, 3.4 s here, before it looks at anything
 of the run. It is started without its task, and is given that when the trainer is called.
@@ -21,7 +21,7 @@ def start() -> None:
     import launcher.driver.ray_train  # noqa: F401
 
 
-def controller() -> Any:
+def started() -> Any:
     """Handle of the controller that was started, for one run; of a new one where none was."""
     return _started.pop() if _started else _controller()
 
