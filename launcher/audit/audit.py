@@ -23,6 +23,7 @@ from launcher.audit.masks import UNKNOWN_TOKENS, check_masks
 from launcher.audit.packs import check_packs
 from launcher.audit.sample import MAX_TOKENS, sampled, two_documents
 from launcher.audit.small import vocabulary
+from launcher.audit.texts import check_padding, check_texts
 from launcher.data.loader import MicroBatch
 from launcher.errors import AuditError
 from launcher.model.attention import supports_packing
@@ -48,7 +49,7 @@ class Audit:
         self._numbers = sampled(self._folder, DOCUMENTS) if self.on else []
 
     def before_engine(self, model: nn.Module, base: Any, tokenizer: PreTrainedTokenizerFast, loss_of: LossOf) -> None:
-        """Masks; and fused kernels against eager, where the run has them.
+        """Masks, or of a sequence classification its texts; and fused kernels against eager, where the run has them.
 
         Args:
             model: with adapters where the run has them, not fused yet
@@ -60,14 +61,23 @@ class Audit:
             return
         length, formats = self.plan.trajectory.data.max_length, set(self.plan.data.formats.values())
         rows = vocabulary(base)
+        if self._classifies:
+            classes = len(self.plan.data.classes)
+            self._check(lambda: check_texts(self._folder, self._numbers, tokenizer, rows, classes))
+            return
         self._check(lambda: check_masks(self._folder, self._numbers, tokenizer, rows, length, formats))
         if self.plan.layout.kernels == "fused" and not self._unreadable:
             room = growth_bytes(self.plan, model, dist.get_world_size())
             self._check(lambda: check_fused(model, loss_of, self._documents, room, self._largest))
 
     def through_engine(self, base: Any, logits_of: Callable[[MicroBatch], Tensor]) -> None:
-        """Packed documents isolated. `logits_of` goes through the engine, without dropout or gradients."""
+        """Packed documents isolated, or padded ones. `logits_of` goes through the engine, without dropout or
+        gradients."""
         if not self.on or self._unreadable:
+            return
+        if self._classifies:
+            rows = min(vocabulary(base), self.plan.data.vocab_size)
+            self._check(lambda: check_padding(logits_of, self._folder, self._numbers, rows))
             return
         if not supports_packing(type(base), base.config):
             self.checked.append(Checked("a row of its own for each document"))
@@ -123,6 +133,11 @@ class Audit:
         found = torch.tensor(mine, device=self.device)
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return int(found.item())
+
+    @property
+    def _classifies(self) -> bool:
+        """Whether documents have no masks to look at, and rows of their own: the task is a sequence classification."""
+        return bool(self.plan.data.classes)
 
     @property
     def _unreadable(self) -> bool:

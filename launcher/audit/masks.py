@@ -71,7 +71,7 @@ def check_masks(
     stretches = {number: stretches_of(documents, number) for number in numbers}
     marks = template_marks(tokenizer)
     findings = [
-        *_outside(ids, where, rows),
+        *outside(ids, where, rows),
         *_nothing_learned([where[number] for number in numbers if not stretches[number]], len(numbers)),
         *_two_beginnings([where[n] for n in numbers if begins_twice(ids[n], tokenizer.bos_token_id)], tokenizer),
         *_ends([stretch for found in stretches.values() for stretch in found], marks, max_length, tokenizer),
@@ -112,20 +112,21 @@ def begins_twice(ids: NDArray[np.int32], bos: int | None) -> bool:
     return bos is not None and ids[:2].tolist() == [bos, bos]
 
 
-def _outside(ids: dict[int, NDArray[np.int32]], where: dict[int, str], rows: int) -> Iterator[Finding]:
+def outside(ids: dict[int, NDArray[np.int32]], where: dict[int, str], rows: int) -> Iterator[Finding]:
+    """Tokens beyond the `rows` that a model has one for."""
     wrong = [number for number, found in ids.items() if len(found) and (found.min() < 0 or found.max() >= rows)]
     if wrong:
         largest = max(int(ids[number].max()) for number in wrong)
         yield Finding(
             UNKNOWN_TOKENS,
-            f"token {largest} of {_places([where[number] for number in wrong])}, the model has {rows} rows",
+            f"token {largest} of {places([where[number] for number in wrong])}, the model has {rows} rows",
             "model.tokenizer does not belong to model.path: leave it out, or name the model's own",
         )
 
 
 def _nothing_learned(wrong: list[str], count: int) -> Iterator[Finding]:
     if wrong or not count:
-        detail = f"{len(wrong)} of {count} documents have no target: {_places(wrong)}" if count else "no document"
+        detail = f"{len(wrong)} of {count} documents have no target: {places(wrong)}" if count else "no document"
         yield Finding("documents that teach nothing", detail, PREPARE_AGAIN)
 
 
@@ -133,7 +134,7 @@ def _two_beginnings(wrong: list[str], tokenizer: PreTrainedTokenizerFast) -> Ite
     if wrong:
         yield Finding(
             "two begin-of-text tokens",
-            f"{tokenizer.bos_token} comes twice at the beginning of {_places(wrong)}",
+            f"{tokenizer.bos_token} comes twice at the beginning of {places(wrong)}",
             "the chat template writes it, and the rows or the tokenizer do too: take it out of one of them",
         )
 
@@ -153,9 +154,9 @@ def _ends(
     whole = [stretch for stretch in stretches if stretch.stop < len(stretch.ids) or len(stretch.ids) < max_length]
     learned = any(np.isin(stretch.ids[stretch.start : stretch.stop], list(marks.ends)).any() for stretch in stretches)
     if masked:
-        detail = f"{names} follows what is learned and is masked, in {_places(masked)}"
+        detail = f"{names} follows what is learned and is masked, in {places(masked)}"
     elif whole and not learned:
-        detail = f"{names} is no target in any of {len(stretches)} answers, such as {_places([whole[0].where])}"
+        detail = f"{names} is no target in any of {len(stretches)} answers, such as {places([whole[0].where])}"
     else:
         return
     yield Finding("the end of a turn is not learned", detail + ": the model would never stop", PREPARE_AGAIN)
@@ -165,7 +166,7 @@ def _all_learned(stretches: list[Stretch], max_length: int, tokenizer: PreTraine
     """Questions are not learned. A document that was cut may have lost them, and shows nothing."""
     whole = [stretch for stretch in stretches if len(stretch.ids) < max_length]
     if whole and all(_at_the_beginning(stretch, tokenizer.bos_token_id) for stretch in stretches):
-        documents = _places(list(dict.fromkeys(stretch.where for stretch in whole)))
+        documents = places(list(dict.fromkeys(stretch.where for stretch in whole)))
         detail = f"every token is a target, of questions too, in all documents looked at ({documents})"
         yield Finding("nothing is masked", detail, PREPARE_AGAIN)
 
@@ -190,5 +191,6 @@ def _at_the_beginning(stretch: Stretch, bos: int | None) -> bool:
     return stretch.start == 0 or (stretch.start == 1 and int(stretch.ids[0]) == bos)
 
 
-def _places(where: list[str]) -> str:
+def places(where: list[str]) -> str:
+    """The first few of them."""
     return ", ".join(where[:SHOWN]) + (f" and {len(where) - SHOWN} more" if len(where) > SHOWN else "")

@@ -168,6 +168,8 @@ def plan_of(setting: Setting, folder: Path) -> Plan:
         dropped={},
         vocab_size=setting.config["vocab_size"],
         formats={},
+        classes=(),
+        retain_documents=0,
     )
     parameters = parameter_count(setting.config)
     model, data = resolve_model(loaded, folder), resolve_data(loaded)

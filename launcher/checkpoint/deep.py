@@ -5,10 +5,11 @@ Everything is read as a resume reads it, by DCP through `ShardReader`, but piece
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,17 +18,17 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from launcher.checkpoint.layout import Checkpoint
 from launcher.checkpoint.manifest import Manifest, damaged, folder_of, read
-from launcher.checkpoint.moments import KINDS
-from launcher.checkpoint.shards import MASTER, FlatShard
+from launcher.checkpoint.moments import FACTORS, KINDS, state_shapes
+from launcher.checkpoint.shards import MASTER, FlatShard, phase_of
 from launcher.checkpoint.storage import Range, ShardReader, ranges_of, uneven
 from launcher.checkpoint.together import explained
 from launcher.errors import CheckpointError
-from launcher.plan.plan import Plan
+from launcher.plan.plan import OptimizerPlan, Plan
 
 EIGHT_BIT, SCALES = "_8bit", "_absmax"
 BLOCK = 256
 """Moments in 8 bits that share a scale."""
-NEVER_NEGATIVE = ("exp_avg_sq", *(f"{kind}{SCALES}" for kind in KINDS))
+NEVER_NEGATIVE = ("exp_avg_sq", *FACTORS, *(f"{kind}{SCALES}" for kind in KINDS))
 MOST_VALUES = 1 << 26
 """Read at once: 256 MiB of fp32."""
 MOST_SAID = 5
@@ -41,52 +42,76 @@ class Expected:
 
     trajectory: str
     """The Plan's hash of it."""
-    eight_bit: bool
-    """Whether moments may be in 8 bits."""
+    optimizer: OptimizerPlan
+    """What there is of each beside its master."""
     shapes: Shapes
-    """Whole shape of every trained parameter."""
+    """Whole shape of every parameter that is trained, sooner or later."""
     source: str
     """Where the shapes are from, for the user."""
+    phases: Mapping[str, int] = field(default_factory=dict)
+    """Of gradual unfreezing: the first phase of each parameter that is not trained from the start."""
+
+    def shapes_in(self, phase: int) -> Shapes:
+        """Of what has been trained up to a phase."""
+        return {name: shape for name, shape in self.shapes.items() if self.phases.get(name, 0) <= phase}
 
 
 def expected_of(plan: Plan, checkpoints: Iterable[Checkpoint]) -> Expected:
-    """By the model of the Plan; where that cannot be built here, by the first of `checkpoints` that can be read."""
-    known = plan.trajectory.hash(), plan.trajectory.optimizer.name == "adamw_8bit"
+    """By the model of the Plan; where that cannot be built here, by the first of `checkpoints` that can be read, in
+    each phase of the run."""
+    known = plan.trajectory.hash(), plan.trajectory.optimizer
     try:
-        return Expected(*known, trained_shapes(plan), "the model of the run's plan.json")
+        trained = trained_parameters(plan)
+        phases = {name: phase_of(parameter) for name, parameter in trained.items()}
+        return Expected(*known, shapes_of(trained), "the model of the run's plan.json", phases)
     except Exception as error:  # a model may bring code of its own, which may raise anything
         reason = str(error).strip().partition("\n")[0]
+    first: dict[int, Manifest] = {}
     for checkpoint in checkpoints:
-        try:
-            shapes = read(checkpoint).parameters
-        except CheckpointError:
-            continue
-        return Expected(*known, shapes, f"{checkpoint.name}, as the model cannot be built here: {reason}")
-    return Expected(*known, {}, "nothing")
+        with contextlib.suppress(CheckpointError):
+            first.setdefault((manifest := read(checkpoint)).phase, manifest)
+    if not first:
+        return Expected(*known, {}, "nothing")
+    phases = {name: phase for phase in sorted(first, reverse=True) for name in first[phase].parameters}
+    named = ", ".join(Checkpoint(checkpoint.store, first[phase].step).name for phase in sorted(first))
+    source = f"{named}, as the model cannot be built here: {reason}"
+    return Expected(*known, first[max(first)].parameters, source, phases)
 
 
 def trained_shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Whole shape of every parameter that the run trains, under the names that `shards.parameter_shapes` gives.
+    """Whole shape of every parameter that the run trains, sooner or later. Raises as `trained_parameters`."""
+    return shapes_of(trained_parameters(plan))
+
+
+def shapes_of(parameters: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """By name."""
+    return {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+
+
+def trained_parameters(plan: Plan) -> dict[str, Any]:
+    """Every parameter that the run trains, sooner or later, under the names that `shards.parameter_shapes` gives.
 
     The model is built as `model.load` and `model.adapters` build it, but without memory for its weights; a 4-bit base
     has the same adapters as a plain one. Raises ModelError where its configuration cannot be had, and whatever its own
     code raises.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from launcher.model.adapters import apply_method
     from launcher.model.added_tokens import added_ids
-    from launcher.model.load import load_config
+    from launcher.model.load import run_config
 
     trajectory = plan.trajectory
-    config, added = load_config(trajectory.model), added_ids(plan)
+    config, added = run_config(plan), added_ids(plan)
+    kind = AutoModelForSequenceClassification if plan.data.classes else AutoModelForCausalLM
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        base = AutoModelForCausalLM.from_config(config, trust_remote_code=trajectory.model.trust_remote_code)
+        base = kind.from_config(config, trust_remote_code=trajectory.model.trust_remote_code)
         if added and added[-1] >= base.get_input_embeddings().num_embeddings:
             base.resize_token_embeddings(added[-1] + 1, mean_resizing=False)
-        model = apply_method(base, trajectory.method, trajectory.seed, added)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if parameter.requires_grad}
+        last = len(trajectory.method.unfreeze)
+        model = apply_method(base, trajectory.method, trajectory.seed, added, last)
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def check(checkpoint: Checkpoint, manifest: Manifest, expected: Expected) -> None:
@@ -103,10 +128,11 @@ def check(checkpoint: Checkpoint, manifest: Manifest, expected: Expected) -> Non
                 stored.setdefault(one.name, []).append(one)
         except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
             wrong.append(f"{file}: its head cannot be read: {error}")
-    numels = _numels(manifest, stored, expected.eight_bit)
+    numels = _numels(manifest, stored, expected.optimizer)
     wrong += [f"{key} is missing" for key in numels.keys() - stored.keys()]
     wrong += [f"{key} is no state of a parameter" for key in stored.keys() - numels.keys()]
-    wrong += _without_scale(manifest, numels)
+    if expected.optimizer.name == "adamw_8bit":
+        wrong += _without_scale(manifest, numels)
     uneven = {key: said for key, numel in numels.items() if (said := _uneven(key, stored.get(key, []), numel))}
     wrong += [f"{key}: {said}" for key, said in uneven.items() if key in stored]
     for pieces in _portions({key: numel for key, numel in numels.items() if key not in uneven}):
@@ -123,8 +149,9 @@ def _in_manifest(checkpoint: Checkpoint, manifest: Manifest, expected: Expected)
         yield f"its progress is of step {manifest.progress.get('step')}"
     if manifest.trajectory != expected.trajectory:
         yield "it belongs to another trajectory (model, data, seed, batch, optimizer or schedule differ)"
-    for name in sorted(manifest.parameters.keys() | expected.shapes.keys()):
-        found, trained = manifest.parameters.get(name), expected.shapes.get(name)
+    shapes = expected.shapes_in(manifest.phase)
+    for name in sorted(manifest.parameters.keys() | shapes.keys()):
+        found, trained = manifest.parameters.get(name), shapes.get(name)
         if found is None:
             yield f"{name} is not in it"
         elif trained is None:
@@ -133,13 +160,14 @@ def _in_manifest(checkpoint: Checkpoint, manifest: Manifest, expected: Expected)
             yield f"{name} has the shape {found}, not {trained}"
 
 
-def _numels(manifest: Manifest, stored: Mapping[str, list[Range]], eight_bit: bool) -> dict[str, int]:
+def _numels(manifest: Manifest, stored: Mapping[str, list[Range]], optimizer: OptimizerPlan) -> dict[str, int]:
     """How many values each flat tensor must have. Of blocks nobody but the file knows how many there are."""
-    numels = {}
+    numels, eight_bit = {}, optimizer.name == "adamw_8bit"
     for name, shape in manifest.parameters.items():
-        for kind in (MASTER, *KINDS):
+        kept = state_shapes(optimizer.name, optimizer.momentum, torch.Size(shape))
+        for kind, of_kind in {MASTER: torch.Size(shape), **kept}.items():
             if not eight_bit or kind == MASTER or f"{kind}.{name}" in stored:
-                numels[f"{kind}.{name}"] = math.prod(shape)
+                numels[f"{kind}.{name}"] = math.prod(of_kind)
     if eight_bit:
         blocks = {key: places for key, places in stored.items() if _kind(key).endswith((EIGHT_BIT, SCALES))}
         numels |= {key: max(one.start + one.numel for one in places) for key, places in blocks.items()}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from launcher.checkpoint.shards import (
     FlatShard,
     parameter_shapes,
     publish_masters,
-    set_optimizer_step,
+    set_optimizer_steps,
     training_state,
 )
 from launcher.checkpoint.storage import Range, ShardReader, ranges_of, uneven
@@ -30,14 +30,16 @@ from launcher.plan.plan import Plan
 from launcher.store.store import Store
 
 Group = dist.ProcessGroup | None
+Result = TypeVar("Result")
 
 
 def load_newest(
-    store: Store, engine: Any, plan: Plan, group: Group = None
-) -> tuple[Checkpoint | None, dict[str, Any], list[str]]:
-    """Load the newest checkpoint that is whole: it, its progress, and a message for each newer, damaged one.
+    store: Store, load_one: Callable[[Checkpoint], Result], group: Group = None
+) -> tuple[Checkpoint | None, Result | None, list[str]]:
+    """Load the newest checkpoint that is whole: it, what `load_one` gave for it, and a message for each newer, damaged
+    one. `load_one` is `load` into an engine that fits.
 
-    None and no progress where nothing has been committed yet. Collective.
+    None and None where nothing has been committed yet. Collective.
 
     Raises CheckpointError as `load`, and where there are checkpoints and none is whole: starting anew would throw work
     away that can perhaps be restored.
@@ -47,7 +49,7 @@ def load_newest(
     for step in reversed(listed):
         checkpoint = Checkpoint(store, step)
         try:
-            return checkpoint, load(checkpoint, engine, plan, group), messages
+            return checkpoint, load_one(checkpoint), messages
         except DamagedCheckpoint as error:
             messages.append(error.message)
     if messages:
@@ -55,17 +57,18 @@ def load_newest(
             f"no checkpoint of {store} is whole: {'; '.join(messages)}",
             hint="restore one of them, or delete the folder checkpoints to begin again",
         )
-    return None, {}, []
+    return None, None, []
 
 
 def load(checkpoint: Checkpoint, engine: Any, plan: Plan, group: Group = None) -> dict[str, Any]:
     """Put the training state of `checkpoint` into `engine`; the `progress` it was saved with. Collective.
 
     The engine may have another world size, ZeRO stage or offload than the one that saved. Every file is verified before
-    anything is overwritten; the ranks share the reading.
+    anything is overwritten; the ranks share the reading. What was frozen up to the checkpoint and is trained from now
+    on keeps the base's weights, with an optimizer that has seen none of it: the engine must have taken no step then.
 
     Raises the same error on all ranks: DamagedCheckpoint, or CheckpointError where the checkpoint belongs to another
-    trajectory or holds other parameters than the model trains.
+    trajectory or holds other parameters than the model trained by then.
     """
     doing = f"loading {checkpoint}"
     manifest = read_together(checkpoint, doing, group)
@@ -73,12 +76,12 @@ def load(checkpoint: Checkpoint, engine: Any, plan: Plan, group: Group = None) -
     if wrong := sorted({line for lines, _ in found for line in lines}):
         raise damaged(checkpoint, wrong)
     ranges = [one for _, part in found for one in part]
-    state = training_state(engine)
+    state = training_state(engine, manifest.phase)
     together(doing, lambda: _be_covered(checkpoint, state, ranges), group)
     wanted = {name: (shard.start, shard.start + shard.held.numel()) for name, shard in state.items()}
     reader = ShardReader(checkpoint.store, folder_of(checkpoint, manifest), ranges, wanted)
     together(doing, lambda: _read_shards(state, reader), group)
-    set_optimizer_step(engine, manifest.optimizer_step)
+    set_optimizer_steps(engine, {name: manifest.steps_of(name) for name in manifest.parameters})
     publish_masters(engine)
     return manifest.progress
 
@@ -149,13 +152,14 @@ def _accept(
             hint="resume with the run's own recipe, or start a new run from its exported model",
         )
     refuse_other_cut(plan, dist.get_world_size(), manifest.layout, manifest.world_size)
-    ours, stored = parameter_shapes(engine), manifest.parameters
+    ours, stored = parameter_shapes(engine, manifest.phase), manifest.parameters
     if differing := sorted(name for name in ours.keys() | stored.keys() if ours.get(name) != stored.get(name)):
         shown = ", ".join(f"{name} ({stored.get(name)}, not {ours.get(name)})" for name in differing[:3])
         raise CheckpointError(
             f"{checkpoint} does not hold what the model trains: {shown}{' ...' if len(differing) > 3 else ''}",
             hint="resume with the model and method of the run",
         )
+    assert len(parameter_shapes(engine)) == len(ours) or engine.global_steps == 0, "trained what is not in it"
     if wrong := misplaced(checkpoint, manifest):
         return wrong, []
     mine = sorted(manifest.files)[dist.get_rank(group) :: dist.get_world_size(group)]

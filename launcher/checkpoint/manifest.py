@@ -59,6 +59,9 @@ class Manifest(BaseModel):
     world_size: int
     optimizer_step: int
     """Adam's own counter, for its bias correction."""
+    optimizer_steps: dict[str, int] = {}
+    """Of parameters that have another one, because they were unfrozen later. Written only where there are any: a
+    version that knows of none reads all other checkpoints."""
     parameters: dict[str, tuple[int, ...]]
     """Whole shape of every trainable parameter; the shards hold them flattened."""
     progress: dict[str, Any]
@@ -67,7 +70,17 @@ class Manifest(BaseModel):
 
     def to_json(self) -> bytes:
         """The content of manifest.json."""
-        return self.model_dump_json(indent=2).encode() + b"\n"
+        unused = None if self.optimizer_steps else {"optimizer_steps"}
+        return self.model_dump_json(indent=2, exclude=unused).encode() + b"\n"
+
+    @property
+    def phase(self) -> int:
+        """Of gradual unfreezing: what was trained up to this step."""
+        return int(self.progress.get("phase", 0))
+
+    def steps_of(self, name: str) -> int:
+        """Adam's counter for one parameter."""
+        return self.optimizer_steps.get(name, self.optimizer_step)
 
 
 class Commit(BaseModel):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from launcher.checkpoint.choose import best_first
 from launcher.checkpoint.layout import Checkpoint, committed, steps
 from launcher.checkpoint.lease import Attempt, fence
-from launcher.checkpoint.manifest import commit_of, newest_sound, read
-from launcher.errors import DamagedCheckpoint, SlipwayError
+from launcher.checkpoint.manifest import commit_of, newest_sound
+from launcher.errors import SlipwayError
 from launcher.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -24,9 +24,10 @@ class Keep:
     last: int
     """So many of the newest."""
     best: int = 0
-    """So many of lowest `progress["eval_loss"]`."""
+    """So many of the best by `metric`, see `choose.best_first`."""
     every: int | None = None
     """All whose step is a multiple of this."""
+    metric: str = "loss"
 
 
 def retain(store: Store, keep: Keep, attempt: Attempt, trusted: Checkpoint | None = None) -> list[Checkpoint]:
@@ -59,7 +60,8 @@ def retain(store: Store, keep: Keep, attempt: Attempt, trusted: Checkpoint | Non
 
 def _superseded(store: Store, there: list[Checkpoint], keep: Keep, trusted: Checkpoint | None) -> list[Checkpoint]:
     """Raises CheckpointError where a manifest cannot be read just now."""
-    kept = set(there[-max(keep.last, 1) :]) | set(_best(there, keep.best))
+    best = best_first(there, keep.metric)[: keep.best] if keep.best else []
+    kept = {*there[-max(keep.last, 1) :], *best}
     kept |= {checkpoint for checkpoint in there if keep.every and checkpoint.step % keep.every == 0}
     superseded = [checkpoint for checkpoint in there if checkpoint not in kept and checkpoint != trusted]
     if superseded and trusted is None:
@@ -91,25 +93,3 @@ def _logged(place: Store | Checkpoint) -> Iterator[None]:
         yield
     except (OSError, SlipwayError) as error:
         log.warning("old checkpoints stay in %s: %s", place, error)
-
-
-def _best(checkpoints: list[Checkpoint], count: int) -> list[Checkpoint]:
-    """Those of lowest evaluation loss. Of several that carry the loss of one evaluation, the first was measured."""
-    measured: dict[int, tuple[float, Checkpoint]] = {}
-    for checkpoint in checkpoints if count else []:
-        loss, step = _evaluation(checkpoint)
-        if loss is not None and step not in measured:
-            measured[step] = (loss, checkpoint)
-    ranked = sorted(measured.values(), key=lambda scored: (scored[0], scored[1].step))
-    return [checkpoint for _, checkpoint in ranked[:count]]
-
-
-def _evaluation(checkpoint: Checkpoint) -> tuple[float | None, int]:
-    """The loss that a checkpoint carries, and the step at which it was measured."""
-    try:
-        progress = read(checkpoint).progress
-    except DamagedCheckpoint:
-        return None, checkpoint.step
-    loss, step = progress.get("eval_loss"), progress.get("eval_step")
-    usable = isinstance(loss, int | float) and math.isfinite(loss)
-    return loss if usable else None, step if isinstance(step, int) else checkpoint.step

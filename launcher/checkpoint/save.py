@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from launcher.checkpoint.layout import MANIFEST, Checkpoint
 from launcher.checkpoint.lease import Attempt, fence
 from launcher.checkpoint.manifest import Commit, Manifest, ShardFile, commit_of, damaged, misplaced, verify
-from launcher.checkpoint.shards import FlatShard, optimizer_step, parameter_shapes, training_state
+from launcher.checkpoint.shards import FlatShard, optimizer_steps, parameter_shapes, training_state
 from launcher.checkpoint.storage import ShardWriter
 from launcher.checkpoint.together import together
 from launcher.errors import CheckpointError, DamagedCheckpoint, RunFolderError, SlipwayError
@@ -54,6 +54,8 @@ def own_shards(engine: Any) -> dict[str, FlatShard]:
 
 def describe(step: int, attempt: Attempt, engine: Any, progress: dict[str, object], plan: Plan) -> Manifest:
     """The manifest of what is about to be saved, all but its files."""
+    steps = optimizer_steps(engine)
+    most = max(steps.values(), default=0)
     return Manifest(
         step=step,
         attempt=str(attempt),
@@ -61,7 +63,8 @@ def describe(step: int, attempt: Attempt, engine: Any, progress: dict[str, objec
         trajectory=plan.trajectory.hash(),
         layout=plan.layout.model_dump(mode="json"),
         world_size=dist.get_world_size(),
-        optimizer_step=optimizer_step(engine),
+        optimizer_step=most,
+        optimizer_steps={name: count for name, count in steps.items() if count != most},
         parameters=parameter_shapes(engine),
         progress=copy.deepcopy(progress),  # which goes on while this is written
         files={},

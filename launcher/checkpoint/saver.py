@@ -62,20 +62,14 @@ class Saver:
     ) -> None:
         """Collective. `alongside` is called on each rank before COMMIT: what goes up with a checkpoint."""
         life = plan.lifecycle
-        self.store, self.attempt, self.plan, self.engine = store, attempt, plan, engine
-        self.keep = Keep(life.keep_last, life.keep_best, life.keep_every)
+        self.store, self.attempt, self.plan, self.device = store, attempt, plan, device
+        # Where the model may be made from the best one, that one stays.
+        needed = life.export_best or life.early_stopping is not None
+        self.keep = Keep(life.keep_last, max(life.keep_best, int(needed)), life.keep_every, life.metric)
         self.alongside = alongside
         # A write may hang for hours (a network disk, a server) and then go on; where a wait has timed out once, the
         # group is of no more use. A rank that is gone is noticed by its closed connection all the same.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(days=7), group_desc=GROUP)
-        self.without_room: str | None = None
-        """Why the loop waits for the disk although the plan says `background`."""
-        self.background = life.background_saves
-        if self.background:
-            num_bytes = sum(shard.held.nbytes for shard in own_shards(engine).values())
-            self.without_room = missing_room(num_bytes, device.type, self.group)
-            self.background = self.without_room is None
-        self._copies = _Copies(device) if self.background else None
         self._thread: threading.Thread | None = None
         self._copied = threading.Event()
         self._copied.set()
@@ -84,10 +78,28 @@ class Saver:
         """Step of the newest checkpoint that this run has written or gone on from."""
         self.superseded = False
         """Another launcher has taken the run over: nothing more can be saved."""
+        self.serve(engine)
+
+    def serve(self, engine: Any) -> None:
+        """Save this engine from now on. Collective."""
+        self.engine = engine
+        self.without_room: str | None = None
+        """Why the loop waits for the disk although the plan says `background`."""
+        self.background = self.plan.lifecycle.background_saves
+        shards = own_shards(engine) if self.background else {}
+        if self.background:
+            num_bytes = sum(shard.held.nbytes for shard in shards.values())
+            self.without_room = missing_room(num_bytes, self.device.type, self.group)
+            self.background = self.without_room is None
+        self._copies = _Copies(self.device) if self.background else None
         if self._copies is not None:
             # Now, beside the first steps: the first save would wait for the kernel to hand out the pages.
-            shards = own_shards(engine)
             self._start(lambda: self._make_copies(shards))
+
+    def release(self) -> None:
+        """Let go of the engine and of the copies, once nothing is being written; `serve` comes before the next save."""
+        self.join()
+        self.engine = self._copies = None
 
     def begin(self, step: int, progress: dict[str, object]) -> None:
         """Save the state as it is now. Collective; waits where the last one is not written yet.

@@ -14,7 +14,7 @@ each. In a checkpoint there is only `<kind>.<parameter's name>`, a flat tensor o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from launcher.checkpoint.moments import allocated, in_blocks, like_master
+from launcher.checkpoint.moments import allocated, factors, in_blocks, like_master
 from launcher.errors import CheckpointError
 
 MASTER = "master"
@@ -105,45 +105,80 @@ def trainable_parameters(engine: Any) -> dict[str, Any]:
     }
 
 
-def parameter_shapes(engine: Any) -> dict[str, tuple[int, ...]]:
-    """Whole shape of every trainable parameter."""
-    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trainable_parameters(engine).items()}
+def parameter_shapes(engine: Any, phase: int | None = None) -> dict[str, tuple[int, ...]]:
+    """Whole shape of every trainable parameter; of those trained up to `phase`, where one is given."""
+    named = trainable_parameters(engine).items()
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named if phase is None or phase_of(p) <= phase}
 
 
-def training_state(engine: Any) -> dict[str, FlatShard]:
-    """`<kind>.<name>` of everything this rank holds of the training state, to be written or overwritten in place.
+@dataclass(frozen=True)
+class _Group:
+    """Parameters of the model that one of the optimizer's groups updates; they have one count of steps."""
+
+    phase: int
+    """Of gradual unfreezing: the first in which they are trained."""
+    parameters: list[Any]
+    masters: list[torch.Tensor]
+    """Every tensor AdamW updates for them on this rank, also those that are all padding."""
+
+
+def phase_of(parameter: Any) -> int:
+    """Of gradual unfreezing: the first in which a parameter is trained, as `model.adapters.unfreeze_to` has told it."""
+    return int(getattr(parameter, "phase", 0))
+
+
+def training_state(engine: Any, phase: int | None = None) -> dict[str, FlatShard]:
+    """`<kind>.<name>` of everything this rank holds of the training state, to be written or overwritten in place; of
+    what was trained up to `phase`, where one is given.
 
     Shapes: flat ranges of the flattened parameters. Optimizer state that does not exist yet (before the first step) is
     created, all zeros. Raises CheckpointError for an optimizer whose state cannot be saved.
     """
-    masters = _masters(engine)
-    states = allocated(engine, masters)
+    groups = _groups(engine)
+    states = allocated(engine, [master for group in groups for master in group.masters])
+    known = {id(p) for group in groups if phase is None or group.phase <= phase for p in group.parameters}
+    named = trainable_parameters(engine)
     shards = {}
     for fragment in _fragments(engine):
+        if id(named[fragment.name]) not in known:
+            continue
         for kind, tensor in {MASTER: fragment.master, **like_master(states[fragment.master])}.items():
             held = tensor.detach().view(-1).narrow(0, fragment.offset, fragment.numel)
             shards[f"{kind}.{fragment.name}"] = FlatShard(
                 held, fragment.start, fragment.full_numel, fragment.replicated
             )
+        for kind, tensor in factors(states[fragment.master]).items():
+            shards[f"{kind}.{fragment.name}"] = FlatShard(tensor, 0, tensor.numel(), fragment.replicated)
     # Blocks of a rank's own masters are named by rank; at stage 0 all have the same.
     replicated = engine.zero_optimization_stage() == 0
     owner = "all" if replicated else f"rank{dist.get_rank():05d}"
+    # Groups are in the order of their phases: what is trained later does not change the number of what was before.
+    masters = [master for group in groups if phase is None or group.phase <= phase for master in group.masters]
     for index, master in enumerate(masters):
         for kind, tensor in in_blocks(states[master]).items():
             shards[f"{kind}.{owner}.{index}"] = FlatShard(tensor, 0, tensor.numel(), replicated)
     return shards
 
 
-def optimizer_step(engine: Any) -> int:
-    """AdamW's own count of steps; 0 before the first."""
-    counts = (engine.basic_optimizer.state.get(master, {}).get("step", 0) for master in _masters(engine))
-    return max((int(count) for count in counts), default=0)
+def optimizer_steps(engine: Any) -> dict[str, int]:
+    """AdamW's own count of steps for every trainable parameter, the same on all ranks; 0 before the first."""
+    names = {id(parameter): name for name, parameter in trainable_parameters(engine).items()}
+    counts: dict[str, int] = {}
+    for group in _groups(engine):
+        steps = (engine.basic_optimizer.state.get(master, {}).get("step", 0) for master in group.masters)
+        count = max(map(int, steps), default=0)
+        counts |= {names[id(parameter)]: count for parameter in group.parameters if id(parameter) in names}
+    return counts
 
 
-def set_optimizer_step(engine: Any, step: int) -> None:
-    """Overwrite AdamW's count, which its bias correction depends on."""
-    for state in allocated(engine, _masters(engine)).values():
-        state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else step
+def set_optimizer_steps(engine: Any, steps: Mapping[str, int]) -> None:
+    """Overwrite AdamW's counts, which its bias correction depends on; 0 where `steps` names none."""
+    names = {id(parameter): name for name, parameter in trainable_parameters(engine).items()}
+    for group in _groups(engine):
+        count = max(steps.get(names.get(id(parameter), ""), 0) for parameter in group.parameters)  # equal for all
+        for state in allocated(engine, group.masters).values():
+            if "step" in state:  # sgd and lion count nothing
+                state["step"] = torch.full_like(state["step"], count) if torch.is_tensor(state["step"]) else count
 
 
 def publish_masters(engine: Any) -> None:
@@ -192,11 +227,22 @@ def _fragments(engine: Any) -> Iterator[_Fragment]:
                 yield _Fragment(name, master, here.start, here.numel, there.start, parameter.numel())
 
 
-def _masters(engine: Any) -> list[torch.Tensor]:
-    """Every tensor AdamW updates on this rank, also those that are all padding."""
-    if engine.zero_optimization_stage() == 3:  # there the optimizer's own groups are empty between steps
-        return list(engine.optimizer.fp32_partitioned_groups_flat)
-    return [master for group in engine.basic_optimizer.param_groups for master in group["params"]]
+def _groups(engine: Any) -> list[_Group]:
+    """The optimizer's, in its order."""
+    optimizer, stage, own = engine.optimizer, engine.zero_optimization_stage(), engine.basic_optimizer.param_groups
+    parameters: list[list[Any]] = [[] for _ in own]
+    masters: list[list[torch.Tensor]] = [[] for _ in own]
+    if stage == 3:  # there the optimizer's own groups are empty between steps
+        for number, of_number in optimizer.sub_group_to_group_id.items():
+            parameters[of_number] += optimizer.fp16_groups[number]
+            masters[of_number].append(optimizer.fp32_partitioned_groups_flat[number])
+    else:
+        masters = [group["params"] for group in own]
+        if stage == 0:
+            parameters = getattr(optimizer, "fp16_groups", masters)
+        else:
+            parameters = optimizer.bit16_groups if hasattr(optimizer, "bit16_groups") else optimizer.bf16_groups
+    return [_Group(group["phase"], *both) for group, *both in zip(own, parameters, masters, strict=True)]
 
 
 def _whole_masters(engine: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:

@@ -24,16 +24,23 @@ def command(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer, in tokens")] = 256,
     temperature: Annotated[float, typer.Option("--temperature", help="0 takes the most likely token")] = 0.0,
 ) -> None:
-    """Talk to a finished run or a model folder. Reads lines from the terminal or a pipe; an empty line starts over."""
+    """Talk to a finished run or a model folder. Reads lines from the terminal or a pipe; an empty line starts over.
+
+    A sequence classification says the class of each line, and its probability.
+    """
+    from launcher.export.verify import classifies
+
+    speaker: Speaker | Classifier
     with tempfile.TemporaryDirectory(prefix="slipway-") as scratch:
-        speaker = Speaker(model_folder(model, Path(scratch)), max_new_tokens, temperature)
+        folder = model_folder(model, Path(scratch))
+        speaker = Classifier(folder) if classifies(folder) else Speaker(folder, max_new_tokens, temperature)
     if prompt:
         print(speaker.answer([{"role": "user", "content": " ".join(prompt)}]))
         return
     conversation: list[dict[str, str]] = []
     interactive = sys.stdin.isatty()
     if interactive:
-        render.note("an empty line starts a new conversation, Ctrl-D ends")
+        render.note(f"{speaker.empty_line}, Ctrl-D ends")
     while True:
         if interactive:
             render.err().print("[bold]you[/] ", end="")
@@ -90,25 +97,22 @@ def over_base(folder: Path, base: str, scratch: Path) -> Path:
     return scratch
 
 
+def loaded(folder: Path) -> tuple[Any, Any]:
+    """The model of a folder, and its tokenizer."""
+    import torch
+
+    from launcher.export.loaded import load_folder
+
+    return load_folder(folder, torch.device("cpu"))
+
+
 class Speaker:
     """A model folder that answers conversations."""
 
+    empty_line = "an empty line starts a new conversation"
+
     def __init__(self, folder: Path, max_new_tokens: int, temperature: float) -> None:
-        import transformers
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        transformers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.set_verbosity_error()
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        if (folder / ADAPTERS).exists():
-            from peft import AutoPeftModelForCausalLM
-
-            from launcher.export.verify import adapter_arguments
-
-            self.model: Any = AutoPeftModelForCausalLM.from_pretrained(folder, **adapter_arguments(folder))
-        else:
-            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-        self.model.eval()
+        self.model, self.tokenizer = loaded(folder)
         self.settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
         if temperature > 0:
             self.settings["temperature"] = temperature
@@ -125,3 +129,22 @@ class Speaker:
             output = self.model.generate(**prompt, **self.settings)
         new = output[0, prompt["input_ids"].shape[1] :]
         return str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
+
+
+class Classifier:
+    """A model folder that tells classes apart."""
+
+    empty_line = "each line is a text of its own"
+
+    def __init__(self, folder: Path) -> None:
+        self.model, self.tokenizer = loaded(folder)
+
+    def answer(self, conversation: list[dict[str, str]]) -> str:
+        """The likeliest class of the last text, and its probability."""
+        import torch
+
+        text = self.tokenizer(conversation[-1]["content"], truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            probabilities = self.model(**text).logits[0].float().softmax(-1)
+        number = int(probabilities.argmax())
+        return f"{self.model.config.id2label[number]} ({probabilities[number]:.1%})"

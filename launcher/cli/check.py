@@ -6,6 +6,7 @@ from launcher.cli import render
 from launcher.cli.arguments import Json, Overrides, RecipeName
 from launcher.plan.resolve_data import find_source
 from launcher.recipe.load import LoadedRecipe, candidates, load
+from launcher.recipe.named import sources
 from launcher.recipe.origin import shown
 
 
@@ -42,12 +43,5 @@ def _value(loaded: LoadedRecipe, key: str) -> str:
 
 def _missing_data(loaded: LoadedRecipe) -> list[tuple[str, str]]:
     """Keys and paths of data files that are not there. Not an error: a recipe may be checked before its data comes."""
-    data = loaded.recipe.data
-    groups = {
-        "data.train": data.train,
-        "data.eval.sources": data.eval.sources,
-        "data.test.sources": data.test.sources,
-        "data.clean.contamination": data.clean.contamination,
-    }
-    named = [(f"{group}.{i}.path", s.path) for group, sources in groups.items() for i, s in enumerate(sources)]
+    named = [(f"{key}.path", source.path) for key, source in sources(loaded.recipe)]
     return [(key, path) for key, path in named if find_source(path, loaded.origin(key)) is None]

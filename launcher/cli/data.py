@@ -12,8 +12,8 @@ import typer
 
 from launcher.cli import render
 from launcher.cli.arguments import Json, Overrides, RecipeName
-from launcher.cli.data_rows import DroppedRow, Row, SetName, ShownDocument, dropped_rows, rows
-from launcher.cli.data_tables import Chart, Table, charts, fact_table, short, tables, work
+from launcher.report.data_rows import DroppedRow, Row, SetName, ShownDocument, dropped_rows, rows
+from launcher.report.data_tables import Chart, Table, charts, fact_table, short, tables, work
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -73,10 +73,11 @@ def command(
         shown = rows(folder, which, seed, limit)
 
     if html is not None:
-        from launcher.cli.data_html import page, write
+        from launcher.report.data_page import page
+        from launcher.report.markup import write
 
         content = page(run_name(loaded), facts, report, found, which, list(shown), left_out, dropped_rows(folder))
-        write(html, content)
+        write(html, content, "--html")
         if not as_json:
             _print(str(html))
     if as_json:
@@ -117,9 +118,7 @@ def _show(row: Row) -> None:
         num_tokens = sum(document.num_tokens for document in row)
         _print(f"=== a row of {len(row)} documents, {num_tokens:,} tokens", "dim")
     for document in row:
-        spelled_out = f", spelled out in it: {' '.join(document.spelled_out)}" if document.spelled_out else ""
-        learned = f"{document.num_tokens:,} tokens, {document.num_learned:,} learned"
-        _print(f"--- {document.where}, {learned}{spelled_out}", "dim")
+        _print(f"--- {document.where}, {document.figures}", "dim")
         render.out().print(_text(document))
         if document.answer is not None:
             _print("--- expected answer", "dim")

@@ -1,4 +1,4 @@
-"""`slipway export`: a run's model folder, from its newest sound checkpoint."""
+"""`slipway export`: a run's model folder, from one of its checkpoints."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ def command(
     merge: Annotated[
         bool | None, typer.Option("--merge/--adapters", help="Fold adapters into the base, or leave them alone")
     ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option("--checkpoint", metavar="best|last|STEP", help="Which one, instead of what the recipe says"),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write, instead of model/ in the run")] = None,
     as_json: Json = False,
 ) -> None:
@@ -29,7 +33,7 @@ def command(
     folder = out.expanduser().resolve() if out else own
     with render.err().status("checking the base model and the data"):
         plan = ready_again(plan)
-    report = export(plan, folder, plan.lifecycle.merge if merge is None else merge)
+    report = export(plan, folder, plan.lifecycle.merge if merge is None else merge, checkpoint)
     if folder == own:
         remote.send_model(plan)
     if as_json:

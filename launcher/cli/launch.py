@@ -16,18 +16,31 @@ from launcher.cli import render
 from launcher.cli.progress import RunDisplay
 from launcher.driver import controller, remote
 from launcher.driver.connect import connected
-from launcher.driver.resume import continued, has_finished, ready_again, refuse_other_recipe, run_recipe, run_to_resume
+from launcher.driver.resume import (
+    continued,
+    has_finished,
+    latest_verdict,
+    ready_again,
+    refuse_other_recipe,
+    run_recipe,
+    run_to_resume,
+)
 from launcher.driver.shared_folder import check_shared
 from launcher.driver.signals import ends_on_signals, kept
 from launcher.driver.trainer import fit
 from launcher.errors import RunFailed, SlipwayError, UserError
+from launcher.evaluate.value import figures, spoken
+from launcher.evaluate.value import shown as shown_figure
 from launcher.plan.facts import ClusterFacts
 from launcher.plan.plan import Plan
 from launcher.recipe.load import LoadedRecipe
 from launcher.recipe.origin import shown
+from launcher.report.run_page import FILE as REPORT
+from launcher.report.run_page import write_at_end
 from launcher.store.location import is_url, open_store
 from launcher.train import startup
 from launcher.train.metrics import read
+from launcher.train.trackers.kept import missed
 from launcher.train.verdict import Verdict
 
 
@@ -51,10 +64,15 @@ def launch(
         with RunDisplay(plan, render.err()) as display:
             try:
                 verdict = fit(plan, lease.launch, display)
-            except RunFailed:
+            except RunFailed as error:
                 with suppress(SlipwayError):  # the logs, for whoever looks for the cause on another machine
                     remote.collect(plan)  # or what is older here than in the store would take its place
+                write_at_end(plan, error)
+                with suppress(SlipwayError):
                     remote.finish(plan)
+                raise
+            except SlipwayError as error:
+                write_at_end(plan, error)
                 raise
     with ends_on_signals("stopped before the model was exported", hint=f"slipway export {plan.location}"):
         conclude_training(plan, verdict)
@@ -64,19 +82,27 @@ def conclude_training(plan: Plan, verdict: Verdict) -> None:
     """Export what was trained, and say so. Raises what a verdict calls for."""
     try:
         remote.collect(plan)
+        for trackers in missed(Path(plan.run_dir)):
+            render.note(f"{trackers}; slipway resume {plan.location} tells it the rest")
         settle(verdict)
-        if verdict.kind == "out_of_time":
+        if verdict.message != f"finished {verdict.step} steps":
             render.note(verdict.message)
+        if verdict.hint is not None:
+            render.note(verdict.hint)
         report = None
         if plan.lifecycle.export:
             report = export(plan, Path(plan.run_dir) / remote.MODEL, plan.lifecycle.merge)
-    except SlipwayError:
+    except SlipwayError as error:
+        write_at_end(plan, error)
         with suppress(SlipwayError):
             remote.finish(plan)
         raise
+    write_at_end(plan)
     remote.finish(plan)
     if report is not None:
         conclude(plan, report)
+    if (Path(plan.run_dir) / REPORT).exists():
+        print(f"report: {place(plan.location)}/{REPORT}")
 
 
 def go_on(plan: Plan, address: str | None, make_plan: Callable[[Plan, ClusterFacts], Plan]) -> None:
@@ -113,7 +139,9 @@ def go_on_by_itself(loaded: LoadedRecipe, asked_for: str | None, address: str | 
         return False
     refuse_other_recipe(plan, loaded)
     if has_finished(plan, loaded):
-        render.note(f"{place(plan.location)} has finished")
+        verdict = latest_verdict(plan.location)
+        early = verdict is not None and verdict.kind == "stopped_early"
+        render.note(f"{place(plan.location)} has {verdict.message if verdict and early else 'finished'}")
         finish_again(plan)
         return True
     render.note(f"going on with {place(plan.location)}")
@@ -179,7 +207,7 @@ def introduce(plan: Plan) -> None:
 
 def settle(verdict: Verdict) -> None:
     """Raise what a deterministic end calls for."""
-    if verdict.kind in ("not_finite", "unsaved"):
+    if verdict.kind in ("not_finite", "diverged", "unsaved"):
         raise RunFailed(verdict.message, verdict.hint)
     if verdict.kind == "error":
         error = SlipwayError(verdict.message, verdict.hint)
@@ -187,8 +215,8 @@ def settle(verdict: Verdict) -> None:
         raise error
 
 
-def export(plan: Plan, out: Path, merge: bool) -> dict[str, Any]:
-    """Export in a process of its own and return its report.
+def export(plan: Plan, out: Path, merge: bool, wanted: str | None = None) -> dict[str, Any]:
+    """Export in a process of its own and return its report; `wanted` as there.
 
     Raises:
         SlipwayError: with the exporter's message, hint and exit code.
@@ -198,6 +226,7 @@ def export(plan: Plan, out: Path, merge: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="slipway-") as scratch, render.err().status("writing the model folder"):
         plan.save(Path(scratch) / "plan.json")
         command = [sys.executable, "-m", "launcher.export.folder", scratch, str(out), how]
+        command += [wanted] if wanted is not None else []
         result = subprocess.run(command, capture_output=True, text=True)
     with suppress(OSError):
         (Path(plan.run_dir) / "logs" / "export.log").write_text(result.stderr, encoding="utf-8")
@@ -216,14 +245,36 @@ def export(plan: Plan, out: Path, merge: bool) -> dict[str, Any]:
     return report
 
 
+def before_and_after(first: dict[str, Any], last: dict[str, Any]) -> str:
+    """A line for each figure of the answers, and what makes them doubtful."""
+    before, after = figures(first), figures(last)
+    lines = [
+        f"{spoken(name)} on {last['rows']} held-out answers: {shown_figure(name, before[name])} before, "
+        f"{shown_figure(name, value)} after"
+        for name, value in after.items()
+        if name in before
+    ]
+    if last["cut"]:
+        lines.append(f"{last['cut']} of them were cut off: raise evaluate.generate.max_new_tokens")
+    return "\n".join(lines)
+
+
 def conclude(plan: Plan, report: dict[str, Any]) -> None:
     """Where the model is, how good it is, how to talk to it: the result, on stdout."""
-    scores = [record for record in read(Path(plan.run_dir)) if record["kind"] == "exact_match"]
-    if len(scores) > 1:
-        print(f"exact match on held-out answers: {scores[0]['score']:.1%} before, {scores[-1]['score']:.1%} after")
-    losses = [record["loss"] for record in read(Path(plan.run_dir)) if record["kind"] == "eval"]
-    if losses:
-        print(f"held-out loss: {losses[0]:.4f} first, {losses[-1]:.4f} last")
+    # The model may be of an earlier step than the last: what came after it is not about it.
+    measured = [record for record in read(Path(plan.run_dir)) if record.get("step", 0) <= report["step"]]
+    answered = [record for record in measured if record["kind"] == "answers"]
+    if len(answered) > 1:
+        print(before_and_after(answered[0], answered[-1]))
+    evaluated = [record for record in measured if record["kind"] == "eval"]
+    if evaluated:
+        first, last = evaluated[0], evaluated[-1]
+        for name in ("accuracy", "f1_macro") if plan.data.classes else ():
+            rows, change = plan.data.eval_documents, f"{first[name]:.1%} before, {last[name]:.1%} after"
+            print(f"{name.replace('_', ' ')} on {rows:,} held-out rows: {change}")
+        for name, what in (("loss", "held-out loss"), ("retain_loss", "loss on evaluate.retain")):
+            if name in first and name in last:
+                print(f"{what}: {first[name]:.4f} first, {last[name]:.4f} last")
     agreement = report["agreement"]
     if agreement:
         print(

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from launcher.evaluate.value import figures, shown, spoken
 from launcher.plan.plan import Plan
 from launcher.units import format_bytes
 
@@ -107,12 +108,36 @@ class RunDisplay:
             self.say(f"step {record['step']}/{self.plan.lifecycle.total_steps}  {figures}  lr {record['lr']:.2e}")
 
     def _on_eval(self, record: dict[str, Any]) -> None:
-        self.losses["eval"] = record["loss"]
-        self.say(f"step {record['step']}: held-out loss {record['loss']:.4f}, token accuracy {record['accuracy']:.1%}")
+        found = []
+        if "loss" in record:
+            self.losses["eval"] = record["loss"]
+            accuracy = f"{'accuracy' if 'f1_macro' in record else 'token accuracy'} {record['accuracy']:.1%}"
+            found.append(f"held-out loss {record['loss']:.4f}, {accuracy}")
+            if "f1_macro" in record:  # of a sequence classification
+                found.append(f"F1 {record['f1_macro']:.1%}")
+        if "retain_loss" in record:
+            found.append(f"loss on evaluate.retain {record['retain_loss']:.4f}")
+        self.say(f"step {record['step']}: {', '.join(found)}")
 
-    def _on_exact_match(self, record: dict[str, Any]) -> None:
+    def _on_answers(self, record: dict[str, Any]) -> None:
         when = "before training" if record["step"] == 0 else f"after step {record['step']}"
-        self.say(f"{when}: exact match {record['score']:.1%} on {record['rows']} held-out answers")
+        found = ", ".join(f"{spoken(name)} {shown(name, value)}" for name, value in figures(record).items())
+        cut = f", {record['cut']} of them cut off" if record["cut"] else ""
+        self.say(f"{when}: {found} on {record['rows']} held-out answers{cut}")
+
+    def _on_spike(self, record: dict[str, Any]) -> None:
+        left_out = "; the step is left out" if record["action"] == "skip" else ""
+        self.say(f"spike: {record['message']}{left_out}")
+
+    def _on_rollback(self, record: dict[str, Any]) -> None:
+        self.say(record["message"])
+
+    _on_overfitting = _on_forgetting = _on_rollback
+
+    def _on_unfreeze(self, record: dict[str, Any]) -> None:
+        layers = record["last_layers"]
+        which = "everything is" if layers is None else f"the last {layers} layers are"
+        self.say(f"step {record['step']}: {which} trained from here on, {record['parameters']:,} parameters")
 
     def _on_damaged_checkpoint(self, record: dict[str, Any]) -> None:
         self.say(f"damaged checkpoint passed over: {record['message']}")

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from launcher.errors import HostsError, Interrupted, RecipeError, SlipwayError
+from launcher.report.text import visible
 
 if TYPE_CHECKING:  # rich is a third of what `slipway check` may take to start
     from rich.console import Console
 
-_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
-"""Control characters but tab and newline, marks that turn the direction of writing, halves of surrogate pairs."""
 _EIGHTHS = " \u258f\u258e\u258d\u258c\u258b\u258a\u2589\u2588"
 
 
@@ -80,14 +78,6 @@ def bar(share: float, width: int) -> str:
 def ascii_only() -> bool:
     """Whether stdout takes nothing but ASCII for sure."""
     return not (sys.stdout.encoding or "utf-8").lower().startswith("utf")
-
-
-def visible(text: str) -> str:
-    """`text` without anything that a terminal or page would obey rather than show: such characters as \\x1b or \\u202e.
-
-    Line breaks and tabs stay.
-    """
-    return _INVISIBLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def printable(text: str) -> str:

@@ -48,6 +48,7 @@ def command(
     from launcher.plan.plan import Plan
     from launcher.recipe.load import load
     from launcher.train import startup
+    from launcher.train.trackers.needed import require
 
     startup.begin()
     startup.ended("command")
@@ -57,6 +58,7 @@ def command(
         if say_hash or expect is not None:  # where the recipe was edited on another machine
             introduce_recipe(loaded, expect)
         startup.ended("recipe")
+        require(loaded.recipe.logging.trackers)
         remote.check(run_dir or loaded.recipe.runs)
         if resume is Resume.AUTO and go_on_by_itself(loaded, run_dir, address):
             return

@@ -69,6 +69,10 @@ def command(
     store = open_store(plan.location)
     try:
         checkpoints = committed(store)
+        if checkpoints and plan.trajectory.method.init == "pissa":
+            from launcher.model import pissa
+
+            pissa.needed(store, plan, checkpoints[-1].name)  # none is true without
         expected = None
         if deep:
             from launcher.checkpoint.deep import expected_of

@@ -10,6 +10,7 @@ from launcher.errors import UserError
 from launcher.plan.resolve_data import find_source
 from launcher.recipe import catalog
 from launcher.recipe.load import LoadedRecipe, load, resolve_path
+from launcher.recipe.named import files, sources
 from launcher.recipe.origin import shown
 
 
@@ -48,27 +49,14 @@ def named(loaded: LoadedRecipe) -> Iterator[Path]:
 
 
 def _values(loaded: LoadedRecipe) -> Iterator[Path]:
-    model, data = loaded.recipe.model, loaded.recipe.data
-    texts = {
-        "model.path": model.path,
-        "model.tokenizer": model.tokenizer,
-        "model.chat_template": model.chat_template,
-        "data.augment.function": data.augment.function and data.augment.function.rpartition(":")[0],
-    }
-    for key, text in texts.items():
-        if text and (path := resolve_path(text, loaded.origin(key))):
+    model = loaded.recipe.model.path
+    for key, text in [*([("model.path", model)] if model else []), *files(loaded.recipe)]:
+        if path := resolve_path(text, loaded.origin(key)):
             yield path
-    groups = {
-        "data.train": data.train,
-        "data.eval.sources": data.eval.sources,
-        "data.test.sources": data.test.sources,
-        "data.clean.contamination": data.clean.contamination,
-    }
-    for group, sources in groups.items():
-        for number, source in enumerate(sources):
-            found = find_source(source.path, loaded.origin(f"{group}.{number}.path"))
-            if found is not None and found[0] == "local":
-                yield from map(Path, glob.glob(found[1], recursive=True) or [found[1]])
+    for key, source in sources(loaded.recipe):
+        found = find_source(source.path, loaded.origin(f"{key}.path"))
+        if found is not None and found[0] == "local":
+            yield from map(Path, glob.glob(found[1], recursive=True) or [found[1]])
 
 
 def places(paths: Sequence[Path]) -> str:

@@ -20,7 +20,7 @@ from launcher.driver import secrets
 from launcher.driver.start import run_name
 from launcher.errors import ClusterError, Problem, RecipeError, SlipwayError, UserError
 from launcher.plan.resolve_data import find_source
-from launcher.recipe import catalog
+from launcher.recipe import catalog, named
 from launcher.recipe.load import LoadedRecipe
 from launcher.recipe.origin import Origin, resolve_path, shown
 from launcher.store.location import is_url
@@ -156,34 +156,24 @@ def _is_packaged(file: Path) -> bool:
 
 def _missing_files(loaded: LoadedRecipe, root: Path | None, files: Sequence[Path]) -> Iterator[Problem]:
     """Files that the recipe names by a relative path and that would not be found there."""
-    model, data = loaded.recipe.model, loaded.recipe.data
+    model = loaded.recipe.model
     if model.path and (place := _local(model.path, loaded.origin("model.path"))) and any(place.glob("*config.json")):
         origin, message = loaded.origin("model.path"), f"{shown(place)} would be deleted on the cluster after the job"
         yield Problem(str(origin), "model.path", message, _SHARED)
-    values = {"model.tokenizer": model.tokenizer, "model.chat_template": model.chat_template}
-    if data.augment.function:
-        values["data.augment.function"] = data.augment.function.rpartition(":")[0]
-    for key, value in values.items():
+    for key, value in named.files(loaded.recipe):
         origin = loaded.origin(key)
-        if value and (place := _local(value, origin)):
+        if place := _local(value, origin):
             yield from _lost(key, value, origin, place, root, files)
-    groups = {
-        "data.train": data.train,
-        "data.eval.sources": data.eval.sources,
-        "data.test.sources": data.test.sources,
-        "data.clean.contamination": data.clean.contamination,
-    }
-    for group, sources in groups.items():
-        for number, source in enumerate(sources):
-            key = f"{group}.{number}.path"
-            origin, found = loaded.origin(key), find_source(source.path, loaded.origin(key))
-            if _is_whole(source.path):
-                continue
-            if found is None:
-                hint = "data on the cluster's storage is named by its absolute path"
-                yield Problem(str(origin), key, f"{source.path} does not exist", hint)
-            elif found[0] == "local":
-                yield from _lost(key, source.path, origin, Path(found[1]), root, files)
+    for source_key, source in named.sources(loaded.recipe):
+        key = f"{source_key}.path"
+        origin, found = loaded.origin(key), find_source(source.path, loaded.origin(key))
+        if _is_whole(source.path):
+            continue
+        if found is None:
+            hint = "data on the cluster's storage is named by its absolute path"
+            yield Problem(str(origin), key, f"{source.path} does not exist", hint)
+        elif found[0] == "local":
+            yield from _lost(key, source.path, origin, Path(found[1]), root, files)
 
 
 def _local(value: str, origin: Origin) -> Path | None:

@@ -54,6 +54,8 @@ class Conversation:
     """The row's class, for stratified splits and balance."""
     group: str | None = None
     """Rows of one group are held out together."""
+    slices: tuple[tuple[str, str], ...] = ()
+    """(column, value) of the columns by which scores are told apart."""
 
     @property
     def answer(self) -> str:

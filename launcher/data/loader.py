@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from launcher.data.store import Documents, read_lists
+from launcher.data.order import epoch_order
+from launcher.data.store import Documents, read_lists, read_slices
 from launcher.plan.batch import BatchLayout
 
 
@@ -36,15 +37,18 @@ class MicroBatch:
     max_seqlen: int
     """Tokens of the longest document."""
     supervised_index: Tensor
-    """[S] int64: positions in the flat row whose next token, of the same document, is a target."""
+    """[S] int64: positions in the flat row whose next token, of the same document, is a target; in a sequence
+    classification the last of each document."""
     targets: Tensor
-    """[S] int64: those next tokens."""
+    """[S] int64: those next tokens; in a sequence classification the class of each document."""
     weights: Tensor | None
     """[S] fp32: what each target counts in the loss; None: 1 each."""
     where: tuple[str, ...]
     """`file:line` of each document."""
     num_tokens: int
     """T, or 0 in an empty slot, whose document is there only so that the rank joins every collective."""
+    combination: int = 0
+    """Of the slices' values, which all its documents share: a place in `EvalData.combinations`."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class TestRow:
     prompt_text: str
     prompt_ids: list[int]
     answer: str
+    slices: dict[str, str] = field(default_factory=dict)
+    """{column: value} of the columns that were asked for when the data was prepared."""
 
 
 class TrainData:
@@ -118,20 +124,37 @@ class TrainData:
                 yield _empty(self._documents, first[np.argmin(self._documents.lengths[first])])
 
     def _draw_order(self, epoch: int) -> NDArray[np.int64]:
-        # NumPy promises that Philox's raw numbers never change, but not what `permutation` makes of them: sort those.
-        draws = np.random.Philox(key=np.array([self._seed, epoch], dtype=np.uint64)).random_raw(self.num_rows)
-        return np.argsort(draws, kind="stable")
+        return epoch_order(self.num_rows, self._seed, epoch)
 
 
 class EvalData:
-    """Held-out documents, the first `max_rows` of them, in batches of similar length."""
+    """Held-out documents, the first `max_rows` of them, in batches of similar length and of the same slices."""
 
-    def __init__(self, folder: Path | str, max_rows: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        max_rows: int | None = None,
+        file: str = "eval.arrow",
+        slices: Sequence[str] = (),
+    ) -> None:
+        """`file` lists them: eval.arrow, or retain.arrow, which what an earlier version prepared has not.
+
+        `slices` are columns that the data was prepared with.
+        """
         self._documents = Documents(folder)
-        lists = read_lists(Path(folder) / "eval.arrow")
-        self._numbers = (lists[0] if len(lists) else np.empty(0, np.int32))[:max_rows]
+        lists = read_lists(Path(folder) / file) if (Path(folder) / file).exists() else None
+        self._numbers = (lists[0] if lists else np.empty(0, np.int32))[:max_rows]
         self.num_documents = len(self._numbers)
         self.supervised_tokens = int(self._documents.num_targets[self._numbers].sum())
+        values = read_slices(Path(folder), slices) if slices else {}
+        rows = [tuple(values[column][i] for column in slices) for i in range(self.num_documents)]
+        known = sorted(set(rows))
+        self.combinations = [dict(zip(slices, combination, strict=True)) for combination in known]
+        """{column: value} of the slices, each that there is once; one, an empty one, where there are no slices."""
+        self.combination_of = np.array([known.index(row) for row in rows], dtype=np.int64)
+        """[num_documents] the place of each document's in `combinations`."""
+        self.rows_of: list[int] = np.bincount(self.combination_of, minlength=len(known)).tolist()
+        """Documents of each of the `combinations`."""
 
     def micro_batches(self, token_budget: int, world_size: int, rank: int) -> Iterator[MicroBatch]:
         """This rank's share of all documents, in batches of at most `token_budget` tokens or of one document.
@@ -141,21 +164,26 @@ class EvalData:
         batches = self._batches(token_budget)
         for start in range(0, len(batches), world_size):
             if start + rank < len(batches):
-                yield _micro_batch(self._documents, batches[start + rank])
+                combination, documents = batches[start + rank]
+                yield replace(_micro_batch(self._documents, documents), combination=combination)
             else:
-                yield _empty(self._documents, batches[0][0])
+                yield _empty(self._documents, batches[0][1][0])
 
-    def _batches(self, token_budget: int) -> list[NDArray[np.int64]]:
+    def _batches(self, token_budget: int) -> list[tuple[int, NDArray[np.int64]]]:
+        """(combination, numbers of documents that have it) of each batch."""
         lengths = self._documents.lengths[self._numbers]
-        batches: list[list[int]] = []
+        batches: list[tuple[int, list[int]]] = []
         room = 0
-        for held_out in np.argsort(lengths, kind="stable"):
-            if not batches or lengths[held_out] > room:
-                batches.append([])
+        for held_out in np.lexsort((lengths, self.combination_of)):
+            combination = int(self.combination_of[held_out])
+            if batches and self._documents.classes:  # rows are padded to the longest, which comes last
+                room = token_budget - len(batches[-1][1]) * lengths[held_out]
+            if not batches or batches[-1][0] != combination or lengths[held_out] > room:
+                batches.append((combination, []))
                 room = token_budget
-            batches[-1].append(int(self._numbers[held_out]))
+            batches[-1][1].append(int(self._numbers[held_out]))
             room -= lengths[held_out]
-        return [np.array(batch, dtype=np.int64) for batch in batches]
+        return [(combination, np.array(batch, dtype=np.int64)) for combination, batch in batches]
 
 
 class TestRows(Sequence[TestRow]):
@@ -192,17 +220,21 @@ def _micro_batch(documents: Documents, indices: NDArray[np.integer], weighted: b
     ends = np.cumsum(lengths)
     starts = ends - lengths
     input_ids = np.concatenate([documents.input_ids(int(index)) for index in indices]).astype(np.int64)
-    supervised = np.concatenate([documents.supervised(int(index)) for index in indices])
-    supervised[starts] = 0  # nothing of its own document comes before a document's first token
-    predicted = np.flatnonzero(supervised)
+    if documents.classes:
+        positions, targets = ends - 1, documents.labels[indices].astype(np.int64)
+    else:
+        supervised = np.concatenate([documents.supervised(int(index)) for index in indices])
+        supervised[starts] = 0  # nothing of its own document comes before a document's first token
+        positions = np.flatnonzero(supervised) - 1
+        targets = input_ids[positions + 1]
     weights = np.repeat(documents.weights[indices], documents.num_targets[indices]) if weighted else None
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids)[None],
         position_ids=torch.from_numpy(np.arange(len(input_ids)) - np.repeat(starts, lengths))[None],
         cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
         max_seqlen=int(lengths.max()),
-        supervised_index=torch.from_numpy(predicted - 1),
-        targets=torch.from_numpy(input_ids[predicted]),
+        supervised_index=torch.from_numpy(positions),
+        targets=torch.from_numpy(targets),
         weights=torch.from_numpy(weights) if weights is not None else None,
         where=tuple(documents.where(int(index)) for index in indices),
         num_tokens=len(input_ids),

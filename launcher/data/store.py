@@ -4,8 +4,10 @@ documents/00000.arrow ...  input_ids list<int32> | supervised list<uint8> | num_
                            | label int32 | set int8 | copies int32 | where string
                            one file a piece of a source, in the order of the sources
 packs.arrow                rows list<int32>: the numbers of the documents in each row of the global batch's unit
-eval.arrow                 rows list<int32>: the numbers of the held-out documents, in one list
-classes.json               {names, weights}: of each class number, what a supervised token of it counts in the loss
+eval.arrow, retain.arrow   rows list<int32>: the numbers of the held-out documents, in one list
+classes.json               {names, weights}: of each class number, what a supervised token of it counts in the loss;
+                           and `predicted`: whether its class is the one target of a document
+slices.json                {column: value of each held-out document, in the order of eval.arrow}; see slices.py
 
 A document's number counts all documents of all files in order.
 """
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +48,13 @@ class Set(IntEnum):
     TRAIN = 0
     EVAL = 1
     TEST = 2
+    RETAIN = 3
+    REPLAY = 4
+
+    @property
+    def learned(self) -> bool:
+        """Whether it is trained on; the others are held out."""
+        return self in (Set.TRAIN, Set.REPLAY)
 
 
 class Documents:
@@ -74,6 +83,11 @@ class Documents:
     def weights(self) -> NDArray[np.float32]:
         """[D] what a supervised token of each counts in the loss."""
         return read_weights(self._folder)[self.labels]
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes of which each one's only target is one; () where tokens are the targets."""
+        return predicted_classes(self._folder)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -120,10 +134,16 @@ class Lists:
         return np.concatenate(found)
 
 
-def write_classes(folder: Path, names: Sequence[str], weights: Sequence[float]) -> None:
+def write_classes(folder: Path, names: Sequence[str], weights: Sequence[float], predicted: bool = False) -> None:
     """Write classes.json."""
-    text = json.dumps({"names": list(names), "weights": list(weights)}, ensure_ascii=False)
-    (folder / "classes.json").write_text(text + "\n", encoding="utf-8")
+    content = {"names": list(names), "weights": list(weights), "predicted": predicted}
+    (folder / "classes.json").write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def predicted_classes(folder: Path) -> tuple[str, ...]:
+    """Names of the classes that the documents' one target is one of; () where tokens are the targets."""
+    found = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
+    return tuple(found["names"]) if found.get("predicted") else ()
 
 
 def read_weights(folder: Path) -> NDArray[np.float32]:
@@ -143,6 +163,17 @@ def write_lists(path: Path, rows: Sequence[NDArray[np.integer]]) -> None:
 def read_lists(path: Path) -> Lists:
     """What `write_lists` wrote, mapped."""
     return Lists(mapped(path)["rows"])
+
+
+def write_slices(folder: Path, values: Mapping[str, Sequence[str]]) -> None:
+    """Write slices.json: of each column the value of every held-out document, in the order of eval.arrow."""
+    (folder / "slices.json").write_text(json.dumps(values, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_slices(folder: Path, columns: Iterable[str]) -> dict[str, list[str]]:
+    """What `write_slices` wrote, of these columns. Raises KeyError for one that the data was not prepared with."""
+    found = json.loads((folder / "slices.json").read_text(encoding="utf-8"))
+    return {column: found[column] for column in columns}
 
 
 def as_lists(rows: Iterable[NDArray[Any]]) -> pa.ListArray:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
+OF_ENCODERS = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "mask_token": "[MASK]"}
 
 DEFAULT_CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -44,6 +45,11 @@ def load_tokenizer(model: ModelPlan) -> PreTrainedTokenizerFast:
 
     Raises ModelError where it cannot be loaded, is not a fast one, or has no end-of-text token.
     """
+    return with_template(own_tokenizer(model), model.chat_template, model.template_kwargs, model.add_tokens)
+
+
+def own_tokenizer(model: ModelPlan) -> PreTrainedTokenizerFast:
+    """The tokenizer that `model` names, as it is. Raises ModelError where it cannot be loaded or is not a fast one."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     name, revision = tokenizer_name(model)
@@ -58,7 +64,7 @@ def load_tokenizer(model: ModelPlan) -> PreTrainedTokenizerFast:
             f"{name}: its tokenizer {type(tokenizer).__name__} is written in Python, without a tokenizer.json",
             hint="convert it once with transformers and save_pretrained, and give that folder as model.tokenizer",
         )
-    return with_template(tokenizer, model.chat_template, model.template_kwargs, model.add_tokens)
+    return tokenizer
 
 
 def tokenizer_name(model: ModelPlan) -> tuple[str, str | None]:
@@ -85,28 +91,38 @@ def trained_vocab_size(model: ModelPlan) -> int:
     return size
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, encoder: bool = False) -> PreTrainedTokenizerFast:
     """A byte-level BPE (Radford et al., 2019) of at most `vocab_size` entries, the same for the same texts.
 
-    Every byte is in it, so that any text can be written; `<|endoftext|>` ends and `<|pad|>` fills. Short texts give a
-    smaller vocabulary. It has no chat template yet: see `with_template`.
+    Every byte is in it, so that any text can be written; `<|endoftext|>` ends and `<|pad|>` fills. For an `encoder` it
+    has BERT's control tokens instead, and puts `[CLS]` and `[SEP]` around every text. Short texts give a smaller
+    vocabulary. It has no chat template yet: see `with_template`.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
+    special = OF_ENCODERS if encoder else {"eos_token": EOS, "pad_token": PAD}
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[EOS, PAD],
+        special_tokens=list(special.values()),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
-    )
+    if encoder:
+        ends = [(token, backend.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+        backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
+
+
+def is_encoder(model_type: str) -> bool:
+    """Whether models of this type read a text in both directions, as BERT does: those that fill masked words in."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def training_text(conversation: Conversation) -> str:

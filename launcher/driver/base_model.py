@@ -69,14 +69,22 @@ class BaseModelProcess:
     """`launcher.model.ready` in a process of its own: started early, waited for before the first worker."""
 
     def __init__(
-        self, model: ModelPlan, tokenizer_folder: Path, seed: int, packing: bool, stamps: Path | None = None
+        self,
+        model: ModelPlan,
+        tokenizer_folder: Path,
+        seed: int,
+        packing: bool,
+        classes: tuple[str, ...] = (),
+        stamps: Path | None = None,
     ) -> None:
-        """`stamps`: where the hashes of the base's files are kept, see `launcher.model.fingerprint`."""
+        """`classes`: of a sequence classification; `stamps`: where the hashes of the base's files are kept, see
+        `launcher.model.fingerprint`."""
         request = {
             "model": model.model_dump(mode="json"),
             "tokenizer_folder": str(tokenizer_folder),
             "seed": seed,
             "packing": packing,
+            "classes": classes,
             "stamps": str(stamps) if stamps is not None else None,
         }
         self.process = subprocess.Popen(

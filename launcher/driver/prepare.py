@@ -38,11 +38,14 @@ def pinned_sources(data: DataPlan) -> DataPlan:
         return plan.model_copy(update={"sources": tuple(map(at_commit, plan.sources))})
 
     contamination = tuple(map(at_commit, data.clean.contamination))
+    replay = data.replay and data.replay.model_copy(update={"sources": tuple(map(at_commit, data.replay.sources))})
     return data.model_copy(
         update={
             "train": tuple(map(at_commit, data.train)),
             "eval": held_out(data.eval),
             "test": held_out(data.test),
+            "replay": replay,
+            "retain": tuple(map(at_commit, data.retain)),
             "clean": data.clean.model_copy(update={"contamination": contamination}),
         }
     )

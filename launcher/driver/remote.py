@@ -3,7 +3,7 @@ goes on elsewhere. All of this does nothing for a run in a folder.
 
     <url>/recipe.yaml  environment.json  plan.json (last: makes it a run)  base.json
     <url>/base/        a scratch model      data/   the prepared data      model/   once exported
-    <url>/metrics.jsonl  logs/  answers-*  probe-*  verdict.json  stop     by the workers
+    <url>/metrics.jsonl  logs/  answers-*  predictions-*  probe-*  verdict.json  stop     by the workers
 
 The spool has the same files under the same names; its `data` is a link where the data was prepared on this machine.
 """
@@ -28,6 +28,7 @@ from launcher.store.location import is_url, open_store
 from launcher.store.store import Store
 from launcher.train.metrics import FILE as METRICS_FILE
 from launcher.train.metrics import latest_start
+from launcher.train.trackers.kept import FILE as TRACKERS_FILE
 from launcher.train.verdict import FILE as VERDICT_FILE
 from launcher.train.verdict import STOP_FILE, Verdict, request_stop
 
@@ -118,6 +119,8 @@ def bring_metrics(plan: Plan) -> None:
         return
     if not _is_newer(local, content):
         replace_synced(local, content)
+        with contextlib.suppress(FileNotFoundError):
+            replace_synced(local.with_name(TRACKERS_FILE), store.read(TRACKERS_FILE))
 
 
 def _is_newer(local: Path, remote: bytes) -> bool:
@@ -170,7 +173,8 @@ def finish(plan: Plan) -> None:
     if not is_url(plan.location):
         return
     run_dir = Path(plan.run_dir)
-    made = (path for kind in ("logs/*", "probe-*", "answers-*") for path in sorted(run_dir.glob(kind)))
+    kinds = ("logs/*", "probe-*", "answers-*", "predictions-*")
+    made = (path for kind in kinds for path in sorted(run_dir.glob(kind)))
     with writable(plan.location):
         _push(plan, [VERDICT_FILE, METRICS_FILE, *(path.relative_to(run_dir).as_posix() for path in made)])
     send_model(plan)

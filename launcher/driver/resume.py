@@ -24,11 +24,14 @@ from launcher.recipe.load import LoadedRecipe, load
 from launcher.recipe.schema import Recipe
 from launcher.store.location import local_folder, open_store
 from launcher.store.store import Store
+from launcher.train.trackers.needed import require
 from launcher.train.verdict import FILE as VERDICT_FILE
 from launcher.train.verdict import Verdict
 
-RESUME_SECTIONS = ("evaluate", "checkpoint", "logging", "cluster", "export")
+RESUME_SECTIONS = ("evaluate", "guard", "checkpoint", "logging", "cluster", "export")
 RESUME_KEYS = ("train.epochs", "train.max_steps", "train.max_time", "audit", "model.attention", "model.kernels")
+PREPARED_KEYS = ("evaluate.retain", "evaluate.retain.sources")
+"""What the prepared data was made of."""
 LAYOUT_KEYS = ("cluster.workers", "cluster.cpus_per_worker")
 """Those that ask for another layout: the rest of `cluster` is about failures."""
 NOT_OF_THE_RUN = ("extends", "name", "description", "runs", "data.workers", "data.prepare_on")
@@ -153,7 +156,9 @@ def continued(plan: Plan, loaded: LoadedRecipe, cluster: ClusterFacts, asks_for_
     if not asks_for_workers and layout.device == plan.layout.device and fits(plan, cluster):
         named = {"attention": loaded.recipe.model.attention, "kernels": loaded.recipe.model.kernels}
         layout = plan.layout.model_copy(update={key: kernel for key, kernel in named.items() if kernel != "auto"})
-    lifecycle = resolve_lifecycle(loaded.recipe, plan.data, reasons)
+    lifecycle = resolve_lifecycle(loaded, plan.data, reasons)
+    refuse_new_slices(lifecycle.slices, plan, loaded)
+    require(lifecycle.trackers)
     resumed = plan.model_copy(
         update={"layout": layout, "lifecycle": lifecycle, "origins": plan.origins | origins(loaded, reasons)}
     )
@@ -162,6 +167,16 @@ def continued(plan: Plan, loaded: LoadedRecipe, cluster: ClusterFacts, asks_for_
         resumed.save(run_dir / "plan.json")
     remote.refresh(resumed)
     return resumed
+
+
+def refuse_new_slices(slices: tuple[str, ...], plan: Plan, loaded: LoadedRecipe) -> None:
+    """Raise RecipeError for a column whose values the held-out rows have not kept."""
+    kept = plan.trajectory.data.slices
+    new = ", ".join(column for column in slices if column not in kept)
+    if new:
+        message = f"the run's data was prepared without {new}"
+        hint = f"it has {', '.join(kept)}" if kept else "start a new run, or leave the slices out"
+        raise RecipeError([Problem(str(loaded.origin("evaluate.slices.0")), "evaluate.slices", message, hint)])
 
 
 def fits(plan: Plan, cluster: ClusterFacts) -> bool:
@@ -181,6 +196,8 @@ def refuse_trajectory_keys(overrides: list[str], location: str | Path) -> None:
 
 def may_change(key: str) -> bool:
     """Whether a resume takes this key."""
+    if ".".join(key.split(".")[:3]) in PREPARED_KEYS:
+        return False
     return key in RESUME_KEYS or key.split(".")[0] in RESUME_SECTIONS
 
 
@@ -210,7 +227,7 @@ def run_to_resume(loaded: LoadedRecipe, asked_for: str | None) -> Plan | None:
         with contextlib.suppress(RunFolderError):  # an unreadable one is not ours to go on with
             plan = existing_plan(f"{runs}/{name}")
             verdict = latest_verdict(plan.location)
-            if plan.name == run_name(loaded) and not (verdict and verdict.kind == "finished"):
+            if plan.name == run_name(loaded) and not (verdict and verdict.kind in ("finished", "stopped_early")):
                 return plan
     return None
 
@@ -228,11 +245,14 @@ def latest_verdict(location: str) -> Verdict | None:
 
 
 def has_finished(plan: Plan, loaded: LoadedRecipe) -> bool:
-    """Whether a run has done all that a recipe asks for, which may be more than when it began."""
-    verdict = latest_verdict(plan.location)
-    if verdict is None or verdict.kind != "finished":
-        return False
-    return verdict.step >= resolve_lifecycle(loaded.recipe, plan.data, {}).total_steps
+    """Whether a run has done all that a recipe asks for, which may be more than when it began. One that a guard has
+    ended may go on where the recipe has its guards otherwise by now."""
+    verdict, before = latest_verdict(plan.location), plan.lifecycle
+    now = resolve_lifecycle(loaded, plan.data, {})
+    if verdict is not None and verdict.kind == "stopped_early":
+        guards = ("metric", "early_stopping", "retain")
+        return all(getattr(now, guard) == getattr(before, guard) for guard in guards)
+    return verdict is not None and verdict.kind == "finished" and verdict.step >= now.total_steps
 
 
 def refuse_other_recipe(plan: Plan, loaded: LoadedRecipe) -> None:

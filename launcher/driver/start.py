@@ -7,9 +7,10 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from launcher.data.prepare.work import Progress
 
 PACKAGES = ("torch", "deepspeed", "ray", "transformers", "datasets", "peft", "bitsandbytes", "flash-attn", "triton")
+GIT_ANSWERS_S = 5
 MINIMUM_FREE_BYTES = 64 * 2**20
 DATA = "data"
 """In the spool of a run in an object store: its prepared data."""
@@ -102,7 +104,7 @@ def decide(loaded: LoadedRecipe, location: str | Path, report: Progress | None, 
     run_dir = local_folder(location)
     model = pinned(resolve_model(loaded, run_dir))
     settings = model_settings(model)
-    data = pinned_sources(resolve_data(loaded))
+    data = with_head(pinned_sources(resolve_data(loaded)), settings)
     workers = loaded.recipe.data.workers
     with cluster_for(loaded.recipe.data.prepare_on, data, address) as spread:
         facts = prepare(
@@ -118,6 +120,14 @@ def decide(loaded: LoadedRecipe, location: str | Path, report: Progress | None, 
     return Decided(loaded, run_name(loaded), location, run_dir, model, data, facts, parameters)
 
 
+def with_head(data: DataPlan, settings: Mapping[str, Any]) -> DataPlan:
+    """`data` of a sequence classification with the classes that the model of these settings tells apart already."""
+    if data.head is None or not str(settings.get("architectures")).endswith("ForSequenceClassification']"):
+        return data
+    names: dict[str, str] = settings.get("id2label") or {}
+    return data.model_copy(update={"head": tuple(names[number] for number in sorted(names, key=int))})
+
+
 def base_model_process(decided: Decided) -> BaseModelProcess:
     """Start making the model ready, in the run's folder, which is there and holds no run; wait for it before the first
     worker starts."""
@@ -128,7 +138,8 @@ def base_model_process(decided: Decided) -> BaseModelProcess:
         decided.model,
         Path(decided.facts.folder) / "tokenizer",
         recipe.train.seed,
-        recipe.data.packing,
+        decided.data.packing,
+        decided.facts.classes,
         run_dir / STAMPS,
     )
 
@@ -211,7 +222,8 @@ def create_run_folder(plan: Plan, loaded: LoadedRecipe) -> None:
                 hint="free some, or choose another --run-dir",
             )
         (run_dir / "recipe.yaml").write_text(loaded.text, encoding="utf-8")
-        (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
+        found = environment(loaded.file.parent)
+        (run_dir / "environment.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         plan.save(run_dir / "plan.json")
 
 
@@ -234,8 +246,8 @@ def writable(place: Path | str) -> Iterator[None]:
         ) from error
 
 
-def environment() -> dict[str, Any]:
-    """Versions of what decides a run's numbers, for whoever repeats it."""
+def environment(folder: Path) -> dict[str, Any]:
+    """Versions of what decides a run's numbers, for whoever repeats it; `folder` is the recipe's."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -247,5 +259,23 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "packages": versions,
+        "git": git_state(folder),
         "command": sys.argv,
     }
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """{"commit", "changed": whether files of it differ from that} of the repository that a folder is in; None for
+    none."""
+    told = []
+    for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        try:
+            done = subprocess.run(
+                ["git", "-C", folder, *command], capture_output=True, text=True, timeout=GIT_ANSWERS_S
+            )
+        except (OSError, subprocess.TimeoutExpired):  # no git, or a repository on a slow disk
+            return None
+        if done.returncode:
+            return None
+        told.append(done.stdout.strip())
+    return {"commit": told[0], "changed": bool(told[1])}

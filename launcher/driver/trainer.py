@@ -7,13 +7,12 @@ We keep no supervisor of our own.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,7 +27,7 @@ from launcher.plan.plan import Plan
 from launcher.store.location import is_url, open_store
 from launcher.train import startup
 from launcher.train.metrics import FILE as METRICS_FILE
-from launcher.train.metrics import read
+from launcher.train.metrics import follow, read
 from launcher.train.verdict import Verdict, forget
 
 Listener = Callable[[dict[str, Any]], None]
@@ -212,27 +211,6 @@ def build_trainer(plan: Plan, launch: int, scratch: str, watcher: Watcher) -> An
             beat_every_s=watcher.every_s,
         ),
     )
-
-
-def follow(path: Path) -> Iterator[list[dict[str, Any]]]:
-    """At each `next`, the whole lines that were added to a JSON-lines file since the last; begins at its present
-    end."""
-    position = path.stat().st_size if path.exists() else 0
-    rest = b""
-    while True:
-        records = []
-        with contextlib.suppress(OSError):  # not there yet, or not now: a mount that has vanished may come back
-            with path.open("rb") as file:
-                file.seek(position)
-                rest += file.read()
-                position = file.tell()
-            *whole, rest = rest.split(b"\n")
-            for line in whole:
-                with contextlib.suppress(json.JSONDecodeError):
-                    record = json.loads(line)
-                    if isinstance(record, dict):  # and no half of a torn line
-                        records.append(record)
-        yield records
 
 
 def named_failure(error: BaseException | None, plan: Plan, launch: int, hang: str | None = None) -> SlipwayError:

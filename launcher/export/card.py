@@ -8,15 +8,25 @@ from typing import Any
 
 import yaml
 
+from launcher.evaluate.value import figures
 from launcher.export.verify import Agreement
 from launcher.plan.plan import Plan
 from launcher.train.metrics import read
+
+EVALUATED = {
+    "evaluation loss": "loss",
+    "evaluation token accuracy": "accuracy",
+    "evaluation F1 (macro)": "f1_macro",
+    "loss on what is to be retained": "retain_loss",
+}
+"""What the card calls the figures of an evaluation; one of rows to be retained alone has the last only."""
 
 
 def model_card(plan: Plan, step: int, agreement: Agreement | None, notes: list[str]) -> str:
     """Markdown with the hub's YAML header; figures come from the run's own files."""
     trajectory, run_dir = plan.trajectory, Path(plan.run_dir)
-    header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["slipway"]}
+    header: dict[str, Any] = {"library_name": "transformers", "tags": ["slipway"]}
+    header["pipeline_tag"] = "text-classification" if plan.data.classes else "text-generation"
     if trajectory.model.source == "hub":
         header["base_model"] = trajectory.model.path
     lines = ["---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "", f"# {plan.name}", ""]
@@ -65,10 +75,14 @@ def results(run_dir: Path, step: int) -> list[str]:
         if record["kind"] == "step":
             found.setdefault("training loss", []).append((record["step"], record["loss"]))
         elif record["kind"] == "eval":
-            found.setdefault("evaluation loss", []).append((record["step"], record["loss"]))
-            found.setdefault("evaluation token accuracy", []).append((record["step"], record["accuracy"]))
-        elif record["kind"] == "exact_match":
-            found.setdefault("exact match on test rows", []).append((record["step"], record["score"]))
+            for name, key in EVALUATED.items():
+                if key in record:
+                    if "f1_macro" in record:  # of a sequence classification, whose targets are no tokens
+                        name = name.replace("token ", "")
+                    found.setdefault(name, []).append((record["step"], record[key]))
+        elif record["kind"] == "answers":
+            for name, value in figures(record).items():
+                found.setdefault(f"{name} of answers to test rows", []).append((record["step"], value))
     return [
         f"- {name}: {points[0][1]:.4f} at step {points[0][0]}, {points[-1][1]:.4f} at step {points[-1][0]}"
         for name, points in found.items()

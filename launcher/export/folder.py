@@ -1,6 +1,6 @@
 """A Hugging Face folder from a committed checkpoint and the Plan alone.
 
-`python -m launcher.export.folder RUN OUT merge|adapters` prints the report as JSON.
+`python -m launcher.export.folder RUN OUT merge|adapters best|last|STEP` prints the report as JSON.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.checkpoint.manifest import newest_sound
+from launcher.checkpoint.choose import BEST, LAST, chosen
 from launcher.checkpoint.together import explained
-from launcher.errors import CheckpointError, ModelError, RunFailed, SlipwayError
+from launcher.errors import ModelError, RunFailed, SlipwayError
 from launcher.export.card import model_card
 from launcher.export.verify import Agreement, verify
 from launcher.plan.plan import Plan
-from launcher.store.location import open_store
 
 
 @dataclass(frozen=True)
@@ -35,13 +34,14 @@ class Exported:
     """Largest change of a logit by merging into a dequantized base; None where nothing was merged."""
 
 
-def export(plan: Plan, out: Path, merge: bool) -> Exported:
-    """Write the newest sound checkpoint's model to `out`, verified, replacing a folder that an export wrote before.
+def export(plan: Plan, out: Path, merge: bool, wanted: str | None = None) -> Exported:
+    """Write a checkpoint's model to `out`, verified, replacing a folder that an export wrote before.
 
     Safetensors in shards, tokenizer, chat template, generation config, model card; adapters alone unless `merge`.
+    `wanted` is `best`, `last` or a step; None: as the plan has it.
 
     Raises:
-        CheckpointError: there is no sound checkpoint, or it does not fit the model.
+        CheckpointError: there is no sound checkpoint, none of the step, or it does not fit the model.
         ModelError: `merge` without adapters, or `out` holds something else.
         RunFailed: the folder does not give the trained model's logits.
     """
@@ -52,9 +52,7 @@ def export(plan: Plan, out: Path, merge: bool) -> Exported:
     from launcher.train.probe import probe_file, read_probe
 
     run_dir = Path(plan.run_dir)
-    checkpoint, damaged = newest_sound(open_store(plan.location))
-    if checkpoint is None:
-        raise CheckpointError(f"{plan.location} has no sound checkpoint" + "".join(f"\n{line}" for line in damaged))
+    checkpoint, _ = chosen(plan, wanted or (BEST if plan.lifecycle.export_best else LAST))
     if out.exists() and not (out / "slipway.json").exists():
         raise ModelError(f"{out} exists and is no export of ours", hint="choose another --out")
     step = checkpoint.step
@@ -97,11 +95,12 @@ def write_folder(plan: Plan, model: Any, tokenizer: Any, folder: Path, merged: b
     """The files of a model folder, without its card."""
     folder.mkdir(parents=True)
     model.config.use_cache = True
-    generation = getattr(model, "generation_config", None)
+    generation = None if plan.data.classes else getattr(model, "generation_config", None)
     if generation is not None:
-        from launcher.data.masks import end_of_turn_id
+        from launcher.evaluate.generate import end_tokens
 
-        generation.eos_token_id = end_of_turn_id(tokenizer)
+        ends = end_tokens(model, tokenizer)
+        generation.eos_token_id = ends if len(ends) > 1 else ends[0]
         generation.pad_token_id = (
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         )
@@ -120,6 +119,9 @@ def write_folder(plan: Plan, model: Any, tokenizer: Any, folder: Path, merged: b
         "merged": merged,
         "dtype": plan.trajectory.dtype,
         "trajectory": plan.trajectory.hash(),
+        "task": plan.trajectory.task,
+        "classes": plan.data.classes,
+        "pad_token_id": tokenizer.pad_token_id,
     }
     (folder / "slipway.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
@@ -138,8 +140,9 @@ def about_added_tokens(count: int, adapters: bool) -> str:
 def main(arguments: list[str]) -> int:
     """Export in a process of its own, so that the launcher needs no torch and a model too large fails alone."""
     run_dir, out, merge = Path(arguments[0]), Path(arguments[1]), arguments[2] == "merge"
+    wanted = arguments[3] if len(arguments) > 3 else None
     try:
-        report: dict[str, Any] = asdict(export(Plan.load(run_dir / "plan.json"), out, merge))
+        report: dict[str, Any] = asdict(export(Plan.load(run_dir / "plan.json"), out, merge, wanted))
         code = 0
     except (SlipwayError, OSError) as caught:
         error = explained("exporting the model", caught)

@@ -9,10 +9,12 @@ from torch import nn
 
 from launcher.checkpoint.layout import Checkpoint
 from launcher.checkpoint.load import load_weights
+from launcher.checkpoint.manifest import read
 from launcher.errors import CheckpointError, ModelError
+from launcher.model import pissa
 from launcher.model.adapters import apply_method
 from launcher.model.added_tokens import added_ids
-from launcher.model.load import DTYPES, load_config, nf4, readable_errors
+from launcher.model.load import DTYPES, from_checkpoint, nf4, readable_errors, run_config
 from launcher.model.nf4 import train_through_zero
 from launcher.model.token_rows import add_rows
 from launcher.plan.plan import Plan
@@ -21,34 +23,32 @@ from launcher.plan.plan import Plan
 def trained_model(plan: Plan, checkpoint: Checkpoint, verified: bool = False) -> nn.Module:
     """The base with the checkpoint's weights, in the training dtype, on the CPU; peft's wrapper for adapters.
 
-    Rows of added tokens are folded in, unless they belong to adapters.
+    Rows of added tokens are folded in, unless they belong to adapters. Adapters are over the base as it was, also those
+    of a run that left only a part of it, see `pissa`.
 
     Raises:
-        CheckpointError: a trained weight is missing in the checkpoint, or has another shape.
+        CheckpointError: a trained weight is missing in the checkpoint, or has another shape; what PiSSA began with is
+            damaged or gone.
         ModelError: the base cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
-
     trajectory = plan.trajectory
     dtype = DTYPES[trajectory.dtype]
     arguments: dict[str, Any] = {"dtype": dtype}
     if trajectory.method.kind == "qlora":
         arguments |= {"quantization_config": nf4(dtype), "device_map": {"": "cpu"}}
     with readable_errors(trajectory.model):
-        base = AutoModelForCausalLM.from_pretrained(
-            trajectory.model.path,
-            config=load_config(trajectory.model),
-            revision=trajectory.model.revision,
-            trust_remote_code=trajectory.model.trust_remote_code,
-            **arguments,
-        )
+        base = from_checkpoint(plan, run_config(plan), **arguments)
     # Also without ZeRO: bitsandbytes' own layer repacks its bytes when it is evaluated, and what is dequantized from
     # them afterwards, to merge, is noise (CPUs with AVX512-BF16).
     train_through_zero(base)
     if added := added_ids(plan):
         add_rows(base, added, trajectory.seed, torch.device("cpu"))
-    model: Any = apply_method(base, trajectory.method, trajectory.seed, added)
-    fill(model, load_weights(checkpoint, verified), checkpoint)
+    method, weights = trajectory.method, load_weights(checkpoint, verified)
+    if method.init == "pissa":
+        started_from = pissa.needed(checkpoint.store, plan, checkpoint.name)
+        method, weights = pissa.over_original(method, weights, started_from)
+    model: Any = apply_method(base, method, trajectory.seed, added, read(checkpoint).phase)
+    fill(model, weights, checkpoint)
     if trajectory.method.kind == "freeze" and model is not base:
         model = model.merge_and_unload()
     trained: nn.Module = model.eval()

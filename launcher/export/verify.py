@@ -52,20 +52,12 @@ def main(folder: str, probe: str) -> None:
     """In the fresh process: load, compare, print."""
     import torch
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
 
     model: Any
     if (Path(folder) / "adapter_config.json").exists():
-        from peft import AutoPeftModelForCausalLM
-
-        model = AutoPeftModelForCausalLM.from_pretrained(folder, **adapter_arguments(Path(folder)))
-        # On CPUs with AVX512-BF16 bitsandbytes evaluates 4-bit layers in bf16, whatever dtype was asked for: a logit
-        # moves by 1e-3 of the largest, which is no fault of the folder, and would hide one that is.
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+        model = adapted_model(Path(folder))
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        model = auto_class(Path(folder)).from_pretrained(folder, dtype="auto")
     tensors = load_file(probe)
     with torch.no_grad():
         logits = model.eval()(input_ids=tensors["input_ids"][None]).logits[0].float()
@@ -80,11 +72,44 @@ def main(folder: str, probe: str) -> None:
     )
 
 
+def classifies(folder: Path) -> bool:
+    """Whether the model of a folder, whoever wrote it, is a sequence classification."""
+    for name, key in (("adapter_config.json", "task_type"), ("config.json", "architectures")):
+        if (folder / name).exists():
+            found = json.loads((folder / name).read_text(encoding="utf-8")).get(key)
+            return "SEQ_CLS" in str(found) or "ForSequenceClassification" in str(found)
+    return False
+
+
+def auto_class(folder: Path) -> Any:
+    """The class of transformers that a model folder is for."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification if classifies(folder) else AutoModelForCausalLM
+
+
+def adapted_model(folder: Path) -> Any:
+    """Exported adapters over their base, by peft."""
+    from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+
+    kind = AutoPeftModelForSequenceClassification if classifies(folder) else AutoPeftModelForCausalLM
+    model: Any = kind.from_pretrained(folder, **adapter_arguments(folder))
+    # On CPUs with AVX512-BF16 bitsandbytes evaluates 4-bit layers in bf16, whatever dtype was asked for, and repacks
+    # their bytes for it: a logit moves by 1e-3 of the largest, which is no fault of the folder, and would hide one that
+    # is; by 1e-1 with DoRA, which dequantizes those bytes as if they were as before.
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
 def adapter_arguments(folder: Path) -> dict[str, Any]:
-    """How the base under exported adapters was loaded: its dtype, and 4-bit for QLoRA. Kept in slipway.json beside
-    them."""
+    """How the base under exported adapters was loaded: its dtype, 4-bit for QLoRA, and the classes of the head that
+    lies beside them. Kept in slipway.json; of adapters that are not ours nobody says."""
     import torch
 
+    if not (folder / "slipway.json").exists():
+        return {"dtype": "auto"}
     settings = json.loads((folder / "slipway.json").read_text(encoding="utf-8"))
     dtype = torch.bfloat16 if settings["dtype"] == "bf16" else torch.float32
     arguments: dict[str, Any] = {"dtype": dtype}
@@ -97,7 +122,12 @@ def adapter_arguments(folder: Path) -> dict[str, Any]:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_quant_storage=dtype,
+            llm_int8_skip_modules=json.loads((folder / "adapter_config.json").read_text())["modules_to_save"],
         )
+    if classes := settings.get("classes"):
+        arguments |= {"num_labels": len(classes), "id2label": dict(enumerate(classes))}
+        arguments |= {"label2id": {name: number for number, name in enumerate(classes)}}
+        arguments |= {"pad_token_id": settings["pad_token_id"], "ignore_mismatched_sizes": True}
     return arguments
 
 

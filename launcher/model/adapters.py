@@ -5,32 +5,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from launcher.errors import ModelError
-from launcher.model.token_rows import compute_rows_alone, train_rows_alone, vocabulary_layers, whole
+from launcher.model.frozen import freeze_matching
+from launcher.model.head import head_modules
+from launcher.model.lora_adapters import add_adapters
+from launcher.model.token_rows import train_rows_alone
+from launcher.plan.phases import last_layers
 from launcher.plan.plan import MethodPlan
 
 
-def apply_method(model: PreTrainedModel, method: MethodPlan, seed: int, added_ids: Sequence[int] = ()) -> nn.Module:
+def apply_method(
+    model: PreTrainedModel, method: MethodPlan, seed: int, added_ids: Sequence[int] = (), phase: int = 0
+) -> nn.Module:
     """Mark what is trained, adding adapters where the method has them.
 
     Returns the model itself, or peft's wrapper around it. Adapters are fp32 or bf16 like the base and start from
     `seed` alone, so they are equal on all ranks and at every ZeRO stage. `added_ids`, see `added_tokens`, are tokens
-    whose rows of the embedding and the head are trained whatever the method.
+    whose rows of the embedding and the head are trained whatever the method. `phase` is of gradual unfreezing.
 
     Raises:
-        ModelError: nothing to train, target modules that the model does not have, or rows that cannot be trained alone.
+        ModelError: nothing to train, target modules that the model does not have, patterns that freeze nothing, or
+            rows that cannot be trained alone.
     """
-    if method.kind == "full":
-        return model
+    if method.kind in ("lora", "qlora"):
+        adapted = add_adapters(model, method, seed, added_ids)
+        freeze_matching(adapted, method.frozen)
+        return adapted
     if method.kind == "freeze":
-        assert method.train_last_layers is not None
-        freeze_all_but_last(model, method.train_last_layers)
-        return train_rows_alone(model, added_ids) if added_ids else model
-    return add_adapters(model, method, seed, added_ids)
+        unfreeze_to(model, method, phase)
+    freeze_matching(model, method.frozen, added_ids)
+    return train_rows_alone(model, added_ids) if added_ids and method.kind == "freeze" else model
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -47,90 +54,46 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return max(stacks, key=len)
 
 
-def freeze_all_but_last(model: PreTrainedModel, num_layers: int) -> None:
-    """Train the last `num_layers` decoder layers, what comes after them (the final norm), and the head unless it is
-    tied.
+def unfreeze_to(model: PreTrainedModel, method: MethodPlan, phase: int) -> None:
+    """Train what a phase of gradual unfreezing trains. Each parameter is told its own first one: `parameter.phase`.
 
     Raises:
-        ModelError: the model has fewer layers.
+        ModelError: the model has fewer layers than a phase trains, also where that is a later one.
     """
+    layers = last_layers(method)
+    keys = ("train_last_layers", *(f"unfreeze.{number}.last_layers" for number in range(len(method.unfreeze))))
+    model.requires_grad_(False)
+    for number in reversed(range(len(layers))):
+        for parameter in last_parameters(model, layers[number], f"method.{keys[number]}"):
+            parameter.phase = number  # type: ignore[attr-defined]
+            parameter.requires_grad_(number <= phase)
+
+
+def last_parameters(model: PreTrainedModel, num_layers: int | None, key: str) -> list[nn.Parameter]:
+    """Parameters of the last `num_layers` decoder layers, of what comes after them (the final norm), and of the head
+    unless it is tied; all of the model's where None.
+
+    Raises:
+        ModelError: the model has fewer layers. `key` is what asks for them.
+    """
+    if num_layers is None:
+        return list(model.parameters())
     layers = decoder_layers(model)
     if num_layers > len(layers):
         raise ModelError(
-            f"method.train_last_layers is {num_layers}, the model has {len(layers)} layers",
+            f"{key} is {num_layers}, the model has {len(layers)} layers",
             hint=f"choose at most {len(layers)}, or method.kind full",
         )
-    trained: list[nn.Module] = list(layers[-num_layers:])
+    modules: list[nn.Module] = list(layers[-num_layers:])
     for parent in model.modules():
         children = list(parent.children())
         position = next((i for i, child in enumerate(children) if child is layers), None)
         if position is not None:
-            trained += children[position + 1 :]
+            modules += children[position + 1 :]
     head = model.get_output_embeddings()
-    trained += [head] if head is not None else []
+    modules += [head] if head is not None else [*head_modules(model).values()]
     embedding = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
-    model.requires_grad_(False)
-    for module in trained:
-        for parameter in module.parameters():
-            parameter.requires_grad_(id(parameter) not in embedding)
-
-
-def add_adapters(model: PreTrainedModel, method: MethodPlan, seed: int, added_ids: Sequence[int]) -> nn.Module:
-    """LoRA adapters (Hu et al., 2021) on the target layers, and the rows of added tokens; the base is frozen.
-
-    Raises:
-        ModelError: none of the targets is in the model, or one of them is a layer whose rows are trained.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    assert method.rank is not None
-    assert method.alpha is not None
-    assert method.dropout is not None
-    targets: Any = method.targets if isinstance(method.targets, str) else list(method.targets or ())
-    layers = vocabulary_layers(model)
-    if added_ids:
-        refuse_vocabulary_layers(model, method)
-    config = LoraConfig(
-        r=method.rank,
-        lora_alpha=method.alpha,
-        lora_dropout=method.dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-        bias="none",
-        trainable_token_indices={name: list(added_ids) for name in layers} if added_ids else None,
-    )
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    # peft copies the rows that it finds; of a partitioned weight, none.
-    to_read = [layer.weight for layer in layers.values()] if added_ids else []
-    with torch.random.fork_rng(devices=[]), whole(to_read):
-        torch.manual_seed(seed)
-        try:
-            # autocast_adapter_dtype would keep adapters in fp32 beside a bf16 base, which ZeRO's flat groups do not
-            # take.
-            adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-        except ValueError as error:
-            raise ModelError(
-                f"method.targets: {str(error).splitlines()[0]}", hint="name linear layers of the model, or all-linear"
-            ) from error
-    compute_rows_alone(adapted)
-    return adapted
-
-
-def refuse_vocabulary_layers(model: PreTrainedModel, method: MethodPlan) -> None:
-    """peft cannot put an adapter on a layer and train rows of it as well.
-
-    Raises:
-        ModelError: one of the targets is the embedding or the head.
-    """
-    layers = (model.get_input_embeddings(), model.get_output_embeddings())
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if any(module is x for x in layers)}
-    targets = () if isinstance(method.targets, str) else method.targets or ()
-    if named := [target for target in targets if target.rpartition(".")[2] in names]:
-        raise ModelError(
-            f"method.targets: rows of {named[0]} are trained for model.add_tokens, so it cannot have an adapter too",
-            hint=f"leave {named[0]} out of method.targets",
-        )
+    return [parameter for module in modules for parameter in module.parameters() if id(parameter) not in embedding]
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """The head and the loss as one op: a causal LM that is given targets returns the loss sum instead of logits.
 
-    model(input_ids=..., supervised_index=, targets=, row_weights=) -> (loss sum, count, correct)
+    model(input_ids=..., supervised_index=, targets=, row_weights=, label_smoothing=) -> (loss sum, count, correct)
 
 The loss is computed inside the model's forward and by the head's own `__call__`: ZeRO-3 gathers the head's weight there
 and frees it behind, and takes the gradient where its hooks expect it (trl#3368, Liger#767, trl#5891). How the model
@@ -101,12 +101,15 @@ def fused_head(causal_lm: Any) -> list[tuple[nn.Module, Any]]:
         if targets is None:
             return original(self, *args, **kwargs)
         index, row_weights = kwargs.pop("supervised_index"), kwargs.pop("row_weights", None)
+        smoothing = kwargs.pop("label_smoothing", 0.0)
         inputs = {key: kwargs.pop(key, None) for key in INPUTS}
         unknown = [key for key, value in kwargs.items() if not (value is None or value is False)]
         if args or unknown:
             raise TypeError(f"with targets the model takes {', '.join(INPUTS)} by name, and not {unknown or 'others'}")
         hidden = call.hidden(self, inputs)
-        return self._modules[name](hidden, targets=targets, index=index, row_weights=row_weights)
+        return self._modules[name](
+            hidden, targets=targets, index=index, row_weights=row_weights, label_smoothing=smoothing
+        )
 
     of_head = _head_forward(scale, softcap)
     return [(causal_lm, forward), *((layer, of_head) for layer in layers)]
@@ -120,6 +123,7 @@ def _head_forward(scale: float, softcap: float | None) -> Any:
         targets: Tensor | None = None,
         index: Tensor | None = None,
         row_weights: Tensor | None = None,
+        label_smoothing: float = 0.0,
     ) -> Any:
         if targets is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
@@ -132,6 +136,7 @@ def _head_forward(scale: float, softcap: float | None) -> Any:
             row_weights=row_weights,
             logit_scale=scale,
             softcap=softcap,
+            label_smoothing=label_smoothing,
         )
 
     return forward

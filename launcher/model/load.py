@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from launcher.errors import ModelError
 from launcher.model import attention
+from launcher.model.head import POOLER, head_modules, own_classes, set_classes, start_head
 from launcher.model.nf4 import train_through_zero
+from launcher.model.regularize import set_dropout
 from launcher.model.token_rows import add_rows
 from launcher.plan.plan import ModelPlan, Plan
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CAUSAL_LM, CLASSIFIER = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 
 
 def load_config(model: ModelPlan) -> PretrainedConfig:
@@ -36,13 +47,22 @@ def load_config(model: ModelPlan) -> PretrainedConfig:
         return config
 
 
-def model_class(model: ModelPlan, config: PretrainedConfig) -> type[PreTrainedModel]:
+def run_config(plan: Plan) -> PretrainedConfig:
+    """The model's configuration with the classes of the run's sequence classification. Raises ModelError."""
+    config = load_config(plan.trajectory.model)
+    if plan.data.classes:
+        tokenizer = AutoTokenizer.from_pretrained(Path(plan.data.folder) / "tokenizer")
+        set_classes(config, plan.data.classes, tokenizer.pad_token_id)
+    return config
+
+
+def model_class(model: ModelPlan, config: PretrainedConfig, auto: str = CAUSAL_LM) -> type[PreTrainedModel]:
     """The class that transformers would use for this configuration; of a model with its own code, that code's.
 
     Raises:
-        ModelError: it is no causal language model.
+        ModelError: it is no causal language model, or there is no CLASSIFIER of it.
     """
-    own_code = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
+    own_code = getattr(config, "auto_map", {}).get(auto)
     if own_code and model.trust_remote_code:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -50,6 +70,13 @@ def model_class(model: ModelPlan, config: PretrainedConfig) -> type[PreTrainedMo
             own: type[PreTrainedModel] = get_class_from_dynamic_module(own_code, model.path, revision=model.revision)
             return own
     mapping = AutoModelForCausalLM._model_mapping
+    if auto == CLASSIFIER:
+        mapping = AutoModelForSequenceClassification._model_mapping
+        if type(config) not in mapping or config.is_encoder_decoder:
+            raise ModelError(
+                f"there is no sequence classification by models of type {config.model_type!r}",
+                hint="choose a GPT-style model or an encoder, such as llama or bert",
+            )
     if type(config) not in mapping:
         raise ModelError(
             f"model type {config.model_type!r} is no causal language model",
@@ -73,6 +100,28 @@ def check_packing(model: ModelPlan, packing: bool) -> None:
         )
 
 
+def check_classifier(model: ModelPlan, classes: Sequence[str]) -> list[str]:
+    """What becomes of a classifier's own head, in a sentence.
+
+    Raises:
+        ModelError: there is no sequence classification by models of this type.
+    """
+    config = load_config(model)
+    model_class(model, config, CLASSIFIER)
+    own = own_classes(config)
+    if not own or model.source == "scratch":
+        return []
+    if own == tuple(classes):
+        return [f"the model tells {named(own)} apart already: its head goes on from there"]
+    return [f"the model's own head tells {named(own)} apart: it starts anew for {named(classes)}"]
+
+
+def named(classes: Sequence[str]) -> str:
+    """Classes in words."""
+    more = f" and {len(classes) - 4} more" if len(classes) > 5 else ""
+    return ", ".join(classes[: 4 if more else 5]) + more
+
+
 def load_model(
     plan: Plan, deepspeed_config: dict[str, Any], device: torch.device, added_ids: Sequence[int]
 ) -> PreTrainedModel:
@@ -83,35 +132,74 @@ def load_model(
     base is the exception, which each rank reads whole before DeepSpeed partitions it.
 
     Raises:
-        ModelError: weights missing or unreadable.
+        ModelError: weights missing or unreadable, or dropout for a model that has none.
     """
     attention.register()
     model_plan, trajectory = plan.trajectory.model, plan.trajectory
-    config = load_config(model_plan)
+    config = run_config(plan)
+    if model_plan.dropout is not None:  # in training alone: what is exported is built from the model's own values
+        set_dropout(config, model_plan.dropout)
     dtype = DTYPES[trajectory.dtype]
-    arguments: dict[str, Any] = {
-        "config": config,
-        "revision": model_plan.revision,
-        "trust_remote_code": model_plan.trust_remote_code,
-        "dtype": dtype,
-    }
-    if attention.supports_packing(model_class(model_plan, config), config):
+    arguments: dict[str, Any] = {"dtype": dtype}
+    if trajectory.task == "causal_lm" and attention.supports_packing(model_class(model_plan, config), config):
         arguments["attn_implementation"] = attention.NAMES[plan.layout.attention]
     if trajectory.method.kind == "qlora":
         arguments["quantization_config"] = nf4(dtype)
         arguments["device_map"] = {"": device}
     partition = plan.layout.zero == 3 and trajectory.method.kind != "qlora"
-    with readable_errors(model_plan), _downloaded_once(model_plan), _partitioned(partition, deepspeed_config):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_plan.path, **arguments)
+    with readable_errors(model_plan), _downloaded_once(model_plan):
+        model = from_checkpoint(plan, config, deepspeed_config if partition else None, **arguments)
     if trajectory.method.kind == "qlora":
         log.info("%d linear layers in 4 bits", train_through_zero(model))
     elif not partition:
         model.to(device)
     if added_ids:
-        with _partitioned(partition, deepspeed_config):
+        with _partitioned(deepspeed_config if partition else None):
             add_rows(model, added_ids, trajectory.seed, device)
     model.config.use_cache = False
     return model
+
+
+def from_checkpoint(
+    plan: Plan, config: PretrainedConfig, partitioning: dict[str, Any] | None = None, **arguments: Any
+) -> PreTrainedModel:
+    """The base as transformers reads it with `arguments`; for a sequence classification with a head for its classes,
+    which is the checkpoint's own where that tells just these apart.
+
+    `partitioning` is DeepSpeed's configuration under ZeRO-3; collective then.
+
+    Raises:
+        ModelError: weights below the head are missing.
+    """
+    model_plan, classes = plan.trajectory.model, plan.data.classes
+    arguments |= {
+        "config": config,
+        "revision": model_plan.revision,
+        "trust_remote_code": model_plan.trust_remote_code,
+    }
+    if plan.trajectory.task == "causal_lm":
+        with _partitioned(partitioning):
+            language_model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_plan.path, **arguments)
+        return language_model
+    with torch.device("meta"):
+        heads = list(head_modules(model_class(model_plan, config, CLASSIFIER)(config)))
+    if "quantization_config" in arguments:
+        arguments["quantization_config"].llm_int8_skip_modules = heads
+    other_classes = own_classes(load_config(model_plan)) not in ((), classes)
+    replaced = [name for name in heads if not name.endswith(POOLER)] if other_classes else []
+    if replaced and partitioning is not None:  # under ZeRO-3 a weight of another shape ends the run: look for none
+        arguments["key_mapping"] = {rf"^{re.escape(name)}\.": f"left_out_{name}." for name in replaced}
+    classifier: PreTrainedModel
+    with _partitioned(partitioning):
+        classifier, told = AutoModelForSequenceClassification.from_pretrained(
+            model_plan.path, output_loading_info=True, ignore_mismatched_sizes=bool(replaced), **arguments
+        )
+    anew = set(told["missing_keys"]) | {name for name, *_ in told["mismatched_keys"]}
+    for name in replaced:
+        anew |= {f"{name}.{inner}" for inner, _ in classifier.get_submodule(name).named_parameters()}
+    if anew:
+        start_head(classifier, anew, plan.trajectory.seed)
+    return classifier
 
 
 def nf4(dtype: torch.dtype) -> Any:
@@ -132,9 +220,9 @@ def nf4(dtype: torch.dtype) -> Any:
 
 
 @contextlib.contextmanager
-def _partitioned(partition: bool, deepspeed_config: dict[str, Any]) -> Iterator[None]:
-    """Let transformers build the model inside DeepSpeed's `zero.Init`."""
-    if not partition:
+def _partitioned(deepspeed_config: dict[str, Any] | None) -> Iterator[None]:
+    """Let transformers build the model inside DeepSpeed's `zero.Init`, unless there is no configuration for that."""
+    if deepspeed_config is None:
         yield
         return
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from launcher.model.nf4 import dequantized
-from launcher_kernels.lora import Weight, lora_linear
+from launcher_kernels.lora import lora_linear
 
 
 def fuse_adapters(model: nn.Module) -> tuple[dict[str, int], dict[str, str], list[Callable[[], None]]]:
@@ -55,21 +55,17 @@ def fuse_lora_linear(layer: Any) -> Callable[[], None]:
 
 def why_not(layer: Any) -> str | None:
     """What keeps a peft LoRA layer from being computed in one operation; None where nothing does."""
-    from peft.tuners.lora import Linear
-
+    if (reason := other_kind(layer)) is not None:
+        return reason
     base = layer.base_layer
     packed = _is_packed(base)
-    if not (type(layer) is Linear or (packed and type(layer).__name__ == "Linear4bit")):
-        return f"an adapter of kind {type(layer).__name__}"
-    if not (packed or type(base) is nn.Linear or _is_transposed(base)):
-        return f"an adapter over {type(base).__name__}"
-    if "forward" in layer.__dict__:
-        return "its forward has been replaced already"
     if len(layer.active_adapters) != 1 or layer.active_adapters[0] not in layer.lora_A:
         return f"{len(layer.active_adapters)} active adapters"
     [adapter] = layer.active_adapters
     if adapter in layer.lora_variant or layer.use_dora.get(adapter):
         return "a variant of LoRA"
+    if "forward" in layer.__dict__:
+        return "its forward has been replaced already"
     if layer.merged:
         return "its adapter is merged"
     a, b = layer.lora_A[adapter], layer.lora_B[adapter]
@@ -82,6 +78,19 @@ def why_not(layer: Any) -> str | None:
     hooked = [part for part in (base, a, b) if part._forward_hooks or part._forward_pre_hooks]
     if hooked and not hasattr(base.weight, "ds_id"):  # ZeRO-3's hooks gather what is read here anyway
         return "hooks on its parts, which would not be called"
+    return None
+
+
+def other_kind(layer: Any) -> str | None:
+    """What kind of adapter a peft LoRA layer is, unless it is one on a linear layer; in words that follow "has"."""
+    from peft.tuners.lora import Linear
+
+    base = layer.base_layer
+    packed = _is_packed(base)
+    if not (type(layer) is Linear or (packed and type(layer).__name__ == "Linear4bit")):
+        return f"an adapter of kind {type(layer).__name__}"
+    if not (packed or type(base) is nn.Linear or _is_transposed(base)):
+        return f"an adapter over {type(base).__name__}"
     return None
 
 
@@ -106,10 +115,10 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     computed = getattr(base, "compute_dtype", None) or x.dtype
     if not x.dtype == a.dtype == b.dtype == computed or adapter in self.lora_variant or _autocast(x):
         return _peft_forward(self, x)
-    _gather_here(self, base.weight, base.bias, a, b)
+    gather_here(self, base.weight, base.bias, a, b)
     bias = None if base.bias is None else base.bias.to(x.dtype)
     seen = self.lora_dropout[adapter](x)  # draws what peft's own forward would draw
-    return lora_linear(x, _reader(base), bias, a, b, self.scaling[adapter], adapter_x=None if seen is x else seen)
+    return lora_linear(x, reader(base), bias, a, b, self.scaling[adapter], adapter_x=None if seen is x else seen)
 
 
 def _peft_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -121,7 +130,7 @@ def _autocast(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
 
 
-def _reader(base: Any) -> Weight:
+def reader(base: Any) -> Callable[[torch.dtype], Tensor]:
     """What gives the weight [N, K] from the parameter that `base` has at that moment."""
     if _is_packed(base):
         return lambda dtype: dequantized(base.weight, base.quant_state, dtype)
@@ -130,7 +139,7 @@ def _reader(base: Any) -> Weight:
     return lambda dtype: base.weight.detach()
 
 
-def _gather_here(layer: nn.Module, *parameters: Tensor | None) -> None:
+def gather_here(layer: nn.Module, *parameters: Tensor | None) -> None:
     """Tell ZeRO-3, which gathers a parameter for the module that owns it, that `layer` reads these in both passes."""
     for parameter in parameters:
         if hasattr(parameter, "ds_id"):

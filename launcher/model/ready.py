@@ -27,6 +27,8 @@ class Request(BaseModel):
     tokenizer_folder: Path
     seed: int
     packing: bool
+    classes: tuple[str, ...] = ()
+    """Of a sequence classification."""
     stamps: Path | None
     """Where `fingerprint` keeps its stamps; the folder is there."""
 
@@ -45,16 +47,24 @@ def make_ready(request: Request) -> Ready:
     """Write a scratch model's folder, check the packing, and hash the weights.
 
     Raises:
-        ModelError: the configuration is wrong, packed documents would see each other, or there are no weights.
+        ModelError: the configuration is wrong or has no dropout to set, packed documents would see each other, or
+            the model cannot tell classes apart, or there are no weights.
     """
     from launcher.model.added_tokens import notes
-    from launcher.model.load import check_packing
+    from launcher.model.load import check_classifier, check_packing, load_config
+    from launcher.model.regularize import set_dropout
     from launcher.model.scratch import create_scratch
 
     if request.model.source == "scratch":
-        create_scratch(request.model, request.tokenizer_folder, request.seed, Path(request.model.path))
-    check_packing(request.model, request.packing)
-    said = notes(request.model, request.tokenizer_folder)
+        base = Path(request.model.path)
+        create_scratch(request.model, request.tokenizer_folder, request.seed, base, request.classes)
+    if request.classes:
+        said = check_classifier(request.model, request.classes)
+    else:
+        check_packing(request.model, request.packing)
+        said = notes(request.model, request.tokenizer_folder)
+    if request.model.dropout is not None:
+        set_dropout(load_config(request.model), request.model.dropout)
     hub = request.model.source == "hub"
     return Ready(said, None if hub else fingerprint(Path(request.model.path), request.stamps))
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+)
 
 from launcher.errors import ModelError
 from launcher.model.added_tokens import new_tokens
+from launcher.model.head import set_classes
 from launcher.plan.plan import ModelPlan
 
 
@@ -54,10 +62,13 @@ def scratch_config(model: ModelPlan, tokenizer_folder: Path) -> PretrainedConfig
     return config
 
 
-def create_scratch(model: ModelPlan, tokenizer_folder: Path, seed: int, folder: Path) -> None:
+def create_scratch(
+    model: ModelPlan, tokenizer_folder: Path, seed: int, folder: Path, classes: Sequence[str] = ()
+) -> None:
     """Write a model with random fp32 weights, a function of `seed` alone, and its tokenizer into `folder`.
 
-    Written beside and renamed, so that a killed launcher leaves no half model; a folder that is there is kept.
+    With `classes` it is one that tells these apart. Written beside and renamed, so that a killed launcher leaves no
+    half model; a folder that is there is kept.
     """
     if folder.is_dir():
         return
@@ -66,7 +77,11 @@ def create_scratch(model: ModelPlan, tokenizer_folder: Path, seed: int, folder: 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            network = AutoModelForCausalLM.from_config(scratch_config(model, tokenizer_folder), dtype=torch.float32)
+            config = scratch_config(model, tokenizer_folder)
+            if classes:
+                set_classes(config, classes, config.pad_token_id)
+            kind = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
+            network = kind.from_config(config, dtype=torch.float32)
         except (ValueError, TypeError) as error:
             raise ModelError(f"model.scratch: {error}", hint="these sizes do not fit together") from error
     try:

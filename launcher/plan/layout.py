@@ -73,6 +73,9 @@ def _attention(
 ) -> Literal["sdpa", "varlen", "triton", "flash"]:
     if recipe.model.attention != "auto":
         return recipe.model.attention
+    if recipe.task == "sequence_classification":
+        reasons["model.attention"] = "texts are padded rows: transformers' own attention, with a padding mask"
+        return "sdpa"
     if device == "cpu":
         reasons["model.attention"] = (
             "torch's SDPA document by document: the variable-length kernels are for bf16 on GPUs"
@@ -95,6 +98,9 @@ def _attention(
 def _kernels(recipe: Recipe, device: str, reasons: dict[str, str]) -> Literal["fused", "eager"]:
     if recipe.model.kernels != "auto":
         return recipe.model.kernels
+    if recipe.task == "sequence_classification":
+        reasons["model.kernels"] = "a classifier's layers are left as transformers has them"
+        return "eager"
     reasons["model.kernels"] = "our kernels run on GPUs; on CPUs PyTorch's own layers do"
     return "fused" if device == "cuda" else "eager"
 
@@ -144,6 +150,9 @@ def _check_room(cluster: ClusterFacts, device: str, workers: int, cpus: int) -> 
 def _zero(recipe: Recipe, workers: int, dtype: Dtype, parameters: int, reasons: dict[str, str]) -> int:
     if recipe.parallel.zero != "auto":
         return recipe.parallel.zero
+    if recipe.optimizer.name == "adafactor":
+        reasons["parallel.zero"] = "adafactor keeps sums over the rows and columns of whole matrices"
+        return 0
     if workers > 1 and parameters >= LARGE and recipe.method.kind in ("full", "freeze"):
         reasons["parallel.zero"] = f"about {parameters / 1e9:.1f}B parameters: their state is spread over all ranks"
         return 3

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from launcher.plan.earlier import completed, without_what_came_since
 from launcher.recipe.schema_data import SourceFormat
 
 Dtype = Literal["fp32", "bf16"]
@@ -56,10 +57,19 @@ class ModelPlan(Part):
     """Variables for the chat template."""
     add_tokens: tuple[str, ...]
     """Control tokens added to the tokenizer; their embedding and head rows are trained whatever the method."""
+    dropout: float | None
+    """Of every dropout in the model's configuration; None: as the model has it."""
     trust_remote_code: bool
     fingerprint: str | None
     """SHA-256 over the weights of a folder or a scratch model, see `model.fingerprint`. None for a hub id, which its
     commit names, and until the model has been made ready."""
+
+
+class UnfreezePlan(Part):
+    at: float
+    """Below 1 a share of all steps, otherwise a number of steps."""
+    last_layers: int | None
+    """None: everything."""
 
 
 class MethodPlan(Part):
@@ -71,6 +81,13 @@ class MethodPlan(Part):
     dropout: float | None
     targets: Literal["all-linear"] | tuple[str, ...] | None
     train_last_layers: int | None
+    dora: bool
+    rslora: bool
+    init: Literal["default", "pissa"]
+    unfreeze: tuple[UnfreezePlan, ...]
+    """In the order of their steps."""
+    frozen: tuple[str, ...]
+    """Regular expressions, found in the names of parameters that are never trained."""
 
 
 class SourcePlan(Part):
@@ -117,6 +134,14 @@ class CleanPlan(Part):
     mend_encoding: bool
 
 
+class ReplayPlan(Part):
+    """Rows of what the model learned earlier."""
+
+    sources: tuple[SourcePlan, ...]
+    share: float
+    """Of all training rows of an epoch."""
+
+
 class AugmentPlan(Part):
     """Variations of training rows."""
 
@@ -138,6 +163,11 @@ class DataPlan(Part):
     group: str | None
     stratify: bool
     balance: Literal["none", "weights", "oversample", "undersample"]
+    replay: ReplayPlan | None
+    retain: tuple[SourcePlan, ...]
+    """Rows whose loss shows what is forgotten; see `RetainPlan`."""
+    slices: tuple[str, ...]
+    """Columns whose values held-out rows keep."""
     clean: CleanPlan
     augment: AugmentPlan
     max_length: int
@@ -147,11 +177,15 @@ class DataPlan(Part):
     supervise: Literal["all", "last", "marked"]
     special_tokens: Literal["text", "strip"]
     system_turns: Literal["keep", "merge", "drop"]
+    head: tuple[str, ...] | None
+    """Of a sequence classification: the classes that the model's own head tells apart, in the order of its outputs; ()
+    where it has none. None in other tasks."""
 
     @property
     def sources(self) -> tuple[SourcePlan, ...]:
-        """All that are read, in order: training, evaluation, test."""
-        return (*self.train, *self.eval.sources, *self.test.sources)
+        """All that are read, in order: training, replay, evaluation, test, retained."""
+        replay = self.replay.sources if self.replay else ()
+        return (*self.train, *replay, *self.eval.sources, *self.test.sources, *self.retain)
 
 
 class DataFacts(Part):
@@ -174,17 +208,23 @@ class DataFacts(Part):
     vocab_size: int
     formats: dict[str, str]
     """Format taken for each source path."""
+    classes: tuple[str, ...]
+    """Of a sequence classification, in the order of the head's outputs; empty otherwise."""
+    retain_documents: int
 
 
 class OptimizerPlan(Part):
-    """AdamW."""
+    """See the recipe's keys of the same names; what an optimizer does not use means nothing."""
 
-    name: Literal["adamw", "adamw_8bit"]
+    name: Literal["adamw", "adamw_8bit", "lion", "sgd", "adafactor"]
     lr: float
     betas: tuple[float, float]
     eps: float
+    momentum: float
     weight_decay: float
     max_grad_norm: float
+    layer_decay: float
+    lora_plus_ratio: float
 
 
 class SchedulePlan(Part):
@@ -199,6 +239,7 @@ class SchedulePlan(Part):
 class Trajectory(Part):
     """Decides every number of the run; must match on resume."""
 
+    task: Literal["causal_lm", "sequence_classification"]
     model: ModelPlan
     method: MethodPlan
     data: DataPlan
@@ -206,6 +247,8 @@ class Trajectory(Part):
     seed: int
     dtype: Dtype
     global_batch_size: int
+    label_smoothing: float
+    neftune_alpha: float | None
     optimizer: OptimizerPlan
     schedule: SchedulePlan
 
@@ -219,10 +262,12 @@ class Trajectory(Part):
             del values["model"]["path"]
         data = values["data"]
         held_out = (*data["eval"]["sources"], *data["test"]["sources"], *data["clean"]["contamination"])
-        for source in (*data["train"], *held_out):
+        replayed = data["replay"]["sources"] if data["replay"] else ()
+        for source in (*data["train"], *held_out, *replayed):
             del source["path"]
+        del data["retain"], data["slices"]  # they measure, and change no number
         del data["augment"]["function_file"]
-        return _hash(values)
+        return _hash(without_what_came_since(values))
 
 
 class LayoutPlan(Part):
@@ -248,6 +293,30 @@ class GeneratePlan(Part):
     rows: int
     max_new_tokens: int
     batch_size: int
+    temperature: float
+    top_p: float
+    metrics: tuple[str, ...]
+    """Names; of a function of the user's, its absolute file and its name, with a colon between."""
+    during: bool
+
+
+class EarlyStoppingPlan(Part):
+    patience: int
+    min_delta: float
+
+
+class RetainPlan(Part):
+    max_rows: int | None
+    limit: float
+    """How far the loss may rise, as a share of what it was before the first step."""
+    action: Literal["warn", "stop"]
+
+
+class GuardPlan(Part):
+    spikes: Literal["stop", "warn", "skip", "rollback"]
+    deviations: float
+    window: int
+    most: int
 
 
 class Lifecycle(Part):
@@ -261,6 +330,13 @@ class Lifecycle(Part):
     eval_every_steps: int
     eval_max_rows: int | None
     generate: GeneratePlan | None
+    metric: str
+    """What the best checkpoint is best by."""
+    early_stopping: EarlyStoppingPlan | None
+    slices: tuple[str, ...]
+    """Of those that the data was prepared with."""
+    retain: RetainPlan | None
+    guard: GuardPlan
     checkpoint_every_steps: int
     checkpoint_within_s: float | None
     """And at the latest so long after the last one; None where the recipe names the steps."""
@@ -271,6 +347,9 @@ class Lifecycle(Part):
     grace_s: float
     """Between SIGTERM and the moment by which the run has ended."""
     log_every_steps: int
+    system_every_s: float | None
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...]
+    project: str
     audit: Literal["strict", "warn", "off"]
     """What a finding before the first step does."""
     max_failures: int
@@ -279,15 +358,10 @@ class Lifecycle(Part):
     hang_timeout_s: float | None
     """How long no rank may make progress; None: nobody watches."""
     export: bool
+    export_best: bool
+    """Whether the model is made from the best checkpoint and not from the last."""
     merge: bool
     max_shard_size: str
-
-
-EARLIER: dict[str, dict[str, Any]] = {
-    "layout": {"kernels": "eager"},
-    "lifecycle": {"audit": "strict", "checkpoint_within_s": None, "wait_s": 600.0, "hang_timeout_s": 600.0},
-}
-"""What a plan.json of an earlier version does not say."""
 
 
 class Plan(Part):
@@ -311,13 +385,7 @@ class Plan(Part):
     @model_validator(mode="before")
     @classmethod
     def _of_earlier(cls, values: Any) -> Any:
-        """Runs that were begun before there were kernels and an audit go on without the former, and at their size."""
-        if not isinstance(values, dict):
-            return values
-        parts = {name: EARLIER[name] | part for name in EARLIER if isinstance(part := values.get(name), dict)}
-        if "workers" in parts.get("layout", {}):
-            parts["layout"] = {"min_workers": parts["layout"]["workers"]} | parts["layout"]
-        return values | parts
+        return completed(values) if isinstance(values, dict) else values
 
     def save(self, path: Path) -> None:
         """Write plan.json."""

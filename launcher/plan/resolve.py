@@ -6,26 +6,33 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from launcher import __version__
 from launcher.errors import DataError, ModelError
 from launcher.plan.facts import ClusterFacts
 from launcher.plan.layout import choose_device, choose_dtype, resolve_layout
+from launcher.plan.phases import refuse_useless
 from launcher.plan.plan import (
     DataFacts,
     DataPlan,
+    EarlyStoppingPlan,
     GeneratePlan,
+    GuardPlan,
     Lifecycle,
     MethodPlan,
     ModelPlan,
     OptimizerPlan,
     Plan,
+    RetainPlan,
     SchedulePlan,
     Trajectory,
+    UnfreezePlan,
 )
+from launcher.plan.resolve_data import find_function
 from launcher.recipe.load import LoadedRecipe, resolve_path
 from launcher.recipe.schema import Recipe
+from launcher.recipe.schema_evaluate import METRICS
 from launcher.units import parse_bytes, parse_seconds
 
 CHECKPOINT_WITHIN_S = 1800.0
@@ -50,12 +57,16 @@ def resolve(
     Raises:
         ClusterError: the cluster cannot hold the run.
         DataError: `evaluate` asks for rows that the data does not have.
+        ModelError: a stage of `method.unfreeze` would train no step.
     """
     recipe, reasons = loaded.recipe, dict[str, str]()
     dtype, reason = choose_dtype(recipe, choose_device(cluster))
     if reason:
         reasons["train.dtype"] = reason
+    if recipe.task == "sequence_classification":
+        reasons["data.packing"] = "the head reads one document a row"
     trajectory = Trajectory(
+        task=recipe.task,
         model=model,
         method=resolve_method(recipe),
         data=data,
@@ -63,18 +74,15 @@ def resolve(
         seed=recipe.train.seed,
         dtype=dtype,
         global_batch_size=recipe.train.global_batch_size,
-        optimizer=OptimizerPlan(
-            name=recipe.optimizer.name,
-            lr=recipe.optimizer.lr,
-            betas=recipe.optimizer.betas,
-            eps=recipe.optimizer.eps,
-            weight_decay=recipe.optimizer.weight_decay,
-            max_grad_norm=recipe.train.max_grad_norm,
-        ),
+        label_smoothing=recipe.train.label_smoothing,
+        neftune_alpha=recipe.train.neftune_alpha,
+        optimizer=resolve_optimizer(recipe, reasons),
         schedule=SchedulePlan(
             kind=recipe.schedule.kind, warmup=recipe.schedule.warmup, min_lr_ratio=recipe.schedule.min_lr_ratio
         ),
     )
+    lifecycle = resolve_lifecycle(loaded, facts, reasons)
+    refuse_useless(trajectory.method, lifecycle.total_steps)
     return Plan(
         name=name,
         run_dir=str(run_dir),
@@ -83,7 +91,7 @@ def resolve(
         recipe_hash=loaded.hash,
         trajectory=trajectory,
         layout=resolve_layout(recipe, cluster, dtype, parameters, reasons),
-        lifecycle=resolve_lifecycle(recipe, facts, reasons),
+        lifecycle=lifecycle,
         data=facts,
         origins=origins(loaded, reasons),
     )
@@ -125,6 +133,7 @@ def resolve_model(loaded: LoadedRecipe, run_dir: Path) -> ModelPlan:
         chat_template=_template(loaded),
         template_kwargs=section.template_kwargs,
         add_tokens=section.add_tokens,
+        dropout=section.dropout,
         trust_remote_code=section.trust_remote_code,
         fingerprint=None,
     )
@@ -176,15 +185,35 @@ def resolve_method(recipe: Recipe) -> MethodPlan:
         dropout=method.dropout if adapters else None,
         targets=method.targets if adapters else None,
         train_last_layers=method.train_last_layers if method.kind == "freeze" else None,
+        dora=method.dora,
+        rslora=method.rslora,
+        init=method.init,
+        unfreeze=tuple(
+            UnfreezePlan(at=stage.at, last_layers=None if stage.last_layers == "all" else stage.last_layers)
+            for stage in method.unfreeze
+        ),
+        frozen=method.frozen,
     )
 
 
-def resolve_lifecycle(recipe: Recipe, facts: DataFacts, reasons: dict[str, str]) -> Lifecycle:
+def resolve_optimizer(recipe: Recipe, reasons: dict[str, str]) -> OptimizerPlan:
+    """The optimizer, with the betas of its paper where the recipe has none."""
+    section = recipe.optimizer
+    betas = section.betas
+    if betas is None:
+        betas = (0.9, 0.99) if section.name == "lion" else (0.9, 0.999)
+        reasons["optimizer.betas"] = "as the optimizer's paper has them"
+    values = section.model_dump() | {"betas": betas, "max_grad_norm": recipe.train.max_grad_norm}
+    return OptimizerPlan(**values)
+
+
+def resolve_lifecycle(loaded: LoadedRecipe, facts: DataFacts, reasons: dict[str, str]) -> Lifecycle:
     """How long and how often, in steps.
 
     Raises:
-        DataError: generated answers are asked for and there is no test row.
+        DataError: generated answers are asked for and there is no test row, or a metric that is not there.
     """
+    recipe = loaded.recipe
     train, evaluate = recipe.train, recipe.evaluate
     epochs = train.epochs if train.epochs is not None or train.max_steps is not None else 1.0
     steps_per_epoch = math.ceil(facts.train_rows / train.global_batch_size)
@@ -202,11 +231,23 @@ def resolve_lifecycle(recipe: Recipe, facts: DataFacts, reasons: dict[str, str])
         reasons["checkpoint.every_steps"] += f", and every {CHECKPOINT_WITHIN_S / 60:g} minutes"
     if evaluate.generate is not None and facts.test_documents == 0:
         raise DataError("evaluate.generate is set and data.test has no usable row", hint="name a file in data.test")
-    generate: dict[str, Any] | None = evaluate.generate.model_dump() if evaluate.generate else None
+    if evaluate.retain is not None and facts.retain_documents == 0:
+        raise DataError("evaluate.retain is set and the data was prepared without it", hint="start a new run")
+    generate = None
+    if evaluate.generate:
+        metrics = tuple(_metric(loaded, number, name) for number, name in enumerate(evaluate.generate.metrics))
+        generate = GeneratePlan(**evaluate.generate.model_dump(exclude={"metrics"}), metrics=metrics)
+    best = recipe.export.checkpoint == "best"
+    if recipe.export.checkpoint == "auto":
+        best = evaluate.early_stopping is not None or (evaluate.retain is not None and evaluate.retain.action == "stop")
+        reasons["export.checkpoint"] = "the best where the run may stop early, otherwise the last"
+    if best and evaluate.metric == "loss" and facts.eval_documents == 0:
+        raise DataError("the best checkpoint is asked for and no row is held out", hint="hold more out in data.eval")
     merge = recipe.export.merge
     if merge == "auto":
-        merge = recipe.method.kind == "lora" and recipe.model.scratch is not None
-        reasons["export.merge"] = "adapters stay adapters, unless their base exists nowhere else"
+        whole = recipe.model.scratch is not None or recipe.task == "sequence_classification"
+        merge = recipe.method.kind == "lora" and whole
+        reasons["export.merge"] = "adapters stay adapters, unless their base, or the head, exists nowhere else"
     parse_bytes(recipe.export.max_shard_size)
     return Lifecycle(
         epochs=epochs,
@@ -215,7 +256,12 @@ def resolve_lifecycle(recipe: Recipe, facts: DataFacts, reasons: dict[str, str])
         max_time_s=parse_seconds(train.max_time) if train.max_time else None,
         eval_every_steps=evaluate.every_steps or interval,
         eval_max_rows=evaluate.max_rows,
-        generate=GeneratePlan(**generate) if generate else None,
+        generate=generate,
+        metric=evaluate.metric,
+        early_stopping=EarlyStoppingPlan(**evaluate.early_stopping.model_dump()) if evaluate.early_stopping else None,
+        slices=evaluate.slices,
+        retain=RetainPlan(**evaluate.retain.model_dump(exclude={"sources"})) if evaluate.retain else None,
+        guard=GuardPlan(**recipe.guard.model_dump()),
         checkpoint_every_steps=recipe.checkpoint.every_steps or interval,
         checkpoint_within_s=None if recipe.checkpoint.every_steps else CHECKPOINT_WITHIN_S,
         keep_last=recipe.checkpoint.keep_last,
@@ -224,11 +270,23 @@ def resolve_lifecycle(recipe: Recipe, facts: DataFacts, reasons: dict[str, str])
         background_saves=recipe.checkpoint.background,
         grace_s=parse_seconds(recipe.checkpoint.grace),
         log_every_steps=recipe.logging.every_steps,
+        system_every_s=recipe.logging.system_every_s,
+        trackers=recipe.logging.trackers,
+        project=recipe.logging.project or "slipway",
         audit=recipe.audit,
         max_failures=recipe.cluster.max_failures,
         wait_s=recipe.cluster.wait_s,
         hang_timeout_s=recipe.cluster.hang_timeout_s,
         export=recipe.export.enabled,
+        export_best=best,
         merge=merge,
         max_shard_size=recipe.export.max_shard_size,
     )
+
+
+def _metric(loaded: LoadedRecipe, number: int, name: str) -> str:
+    """A metric's name, and of a function of the user's its absolute file too. Raises DataError."""
+    if name in METRICS:
+        return name
+    file, function = find_function(loaded, f"evaluate.generate.metrics.{number}", name)
+    return f"{file}:{function}"

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from launcher.errors import DataError
-from launcher.plan.plan import AugmentPlan, CleanPlan, DataPlan, HeldOutPlan, SourceKind, SourcePlan
+from launcher.plan.plan import AugmentPlan, CleanPlan, DataPlan, HeldOutPlan, ReplayPlan, SourceKind, SourcePlan
 from launcher.recipe.load import LoadedRecipe, Origin, candidates, resolve_path
 from launcher.recipe.schema_data import HeldOut, Source
 
@@ -21,7 +21,8 @@ def resolve_data(loaded: LoadedRecipe) -> DataPlan:
     Raises:
         DataError: a file that is not there.
     """
-    section = loaded.recipe.data
+    section, retain = loaded.recipe.data, loaded.recipe.evaluate.retain
+    classifies = loaded.recipe.task == "sequence_classification"
     file, name = _function(loaded, section.augment.function)
     return DataPlan(
         train=_sources(loaded, "data.train", section.train),
@@ -31,18 +32,26 @@ def resolve_data(loaded: LoadedRecipe) -> DataPlan:
         group=section.group,
         stratify=section.stratify,
         balance=section.balance,
+        replay=ReplayPlan(
+            sources=_sources(loaded, "data.replay.sources", section.replay.sources), share=section.replay.share
+        )
+        if section.replay
+        else None,
+        retain=_sources(loaded, "evaluate.retain.sources", retain.sources) if retain else (),
+        slices=loaded.recipe.evaluate.slices,
         clean=CleanPlan(
             contamination=_sources(loaded, "data.clean.contamination", section.clean.contamination),
             **section.clean.model_dump(exclude={"contamination"}),
         ),
         augment=AugmentPlan(function_file=file, function_name=name, **section.augment.model_dump(exclude={"function"})),
         max_length=section.max_length,
-        packing=section.packing,
+        packing=section.packing and not classifies,
         too_long=section.too_long,
         on_bad_row=section.on_bad_row,
         supervise=section.supervise,
         special_tokens=section.special_tokens,
         system_turns=section.system_turns,
+        head=() if classifies else None,
     )
 
 
@@ -89,12 +98,21 @@ def find_source(path: str, origin: Origin) -> tuple[SourceKind, str] | None:
 def _function(loaded: LoadedRecipe, value: str | None) -> tuple[str | None, str | None]:
     if value is None:
         return None, None
+    return find_function(loaded, "data.augment.function", value)
+
+
+def find_function(loaded: LoadedRecipe, key: str, value: str) -> tuple[str, str]:
+    """The absolute file and the name of the function that `file.py:name` at `key` means.
+
+    Raises:
+        DataError: there is no such file, or no name.
+    """
     file, _, name = value.rpartition(":")
-    origin = loaded.origins["data.augment.function"]
+    origin = loaded.origins[key]
     found = resolve_path(file, origin) if file else None
     if found is None or not found.is_file() or not name.isidentifier():
         raise DataError(
-            f"{origin}: data.augment.function: {value!r} names no function in a file",
+            f"{origin}: {key}: {value!r} names no function in a file",
             hint="write it as file.py:name; the file is looked up beside the recipe",
         )
     return str(found.resolve()), name

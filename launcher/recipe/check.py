@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 import string
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from launcher.errors import UserError
+from launcher.recipe.check_evaluate import check_evaluate
+from launcher.recipe.check_guard import check_guard
+from launcher.recipe.check_task import check_task
+from launcher.recipe.check_train import check_train
+from launcher.recipe.conflict import Conflict, in_pattern
+from launcher.recipe.named import sources
 from launcher.recipe.schema import Recipe, Workers
-from launcher.recipe.schema_data import WORDING_PARTS, Data, HeldOut, Source
+from launcher.recipe.schema_data import WORDING_PARTS, Data, HeldOut
 from launcher.units import parse_bytes, parse_seconds
 
 _LANGUAGES = (
@@ -22,20 +26,16 @@ LANGUAGES = tuple(_LANGUAGES.split())
 """ISO 639-1 codes that py3langid tells. Written down, and held to the library by a test: importing it takes long."""
 
 
-@dataclass(frozen=True)
-class Conflict:
-    """A mistake in how keys go together. The first key is where it is reported."""
-
-    keys: tuple[str, ...]
-    message: str
-    hint: str | None
-
-
 def check(recipe: Recipe) -> Iterator[Conflict]:
     """Every conflict in a recipe whose single values are all well-formed."""
     yield from _model(recipe)
     yield from _data(recipe)
     yield from _numbers(recipe)
+    yield from check_train(recipe)
+    yield from check_evaluate(recipe)
+    yield from check_guard(recipe)
+    yield from check_task(recipe)
+    yield from _logging(recipe)
     yield from _texts(recipe)
 
 
@@ -74,7 +74,7 @@ def _data(recipe: Recipe) -> Iterator[Conflict]:
     if min(shares) > 0 and max(shares) < 1 <= sum(shares):
         keys = ("data.eval.split", "data.test.split")
         yield Conflict(keys, "with data.test.split, nothing would be left to train on", "keep their sum below 1")
-    yield from _classes(data)
+    yield from _classes(recipe)
     yield from _cleaning(data)
     for number, wording in enumerate(data.augment.wordings):
         yield from _wording(f"data.augment.wordings.{number}", wording)
@@ -97,15 +97,17 @@ def _held_out(section: str, held_out: HeldOut, none: str) -> Iterator[Conflict]:
         yield Conflict((split,), left, f"give a share between 0 and 1, or {none}")
 
 
-def _classes(data: Data) -> Iterator[Conflict]:
+def _classes(recipe: Recipe) -> Iterator[Conflict]:
+    data = recipe.data
     # `auto` may turn out to be classification, whose rows have a class; where it does not, reading the data says so.
-    if data.label is None and not any(source.format in ("auto", "classification") for source in data.train):
+    unknown = not any(source.format in ("auto", "classification") for source in data.train)
+    if data.label is None and unknown and recipe.task == "causal_lm":
         hint = "name the column with each row's class"
         if data.stratify:
             yield Conflict(("data.stratify", "data.label"), "needs data.label", hint)
         if data.balance != "none":
             yield Conflict(("data.balance", "data.label"), "needs data.label", hint)
-    for key, source in _sources(data):
+    for key, source in sources(recipe):
         twice = next((label for i, label in enumerate(source.labels) if label in source.labels[:i]), None)
         number = next((label for i, label in enumerate(source.labels) if label.isdigit() and label != str(i)), None)
         if number is not None:
@@ -115,39 +117,17 @@ def _classes(data: Data) -> Iterator[Conflict]:
             yield Conflict((f"{key}.labels",), f"'{twice}' is given twice", "one word for each number, from 0")
 
 
-def _sources(data: Data) -> Iterator[tuple[str, Source]]:
-    sections = {
-        "data.train": data.train,
-        "data.eval.sources": data.eval.sources,
-        "data.test.sources": data.test.sources,
-        "data.clean.contamination": data.clean.contamination,
-    }
-    for section, sources in sections.items():
-        for number, source in enumerate(sources):
-            yield f"{section}.{number}", source
-
-
 def _cleaning(data: Data) -> Iterator[Conflict]:
     clean = data.clean
     if clean.include is not None:
-        yield from _pattern("data.clean.include", clean.include)
+        yield from in_pattern("data.clean.include", clean.include)
     for number, pattern in enumerate(clean.exclude):
-        yield from _pattern(f"data.clean.exclude.{number}", pattern)
+        yield from in_pattern(f"data.clean.exclude.{number}", pattern)
     for number, code in enumerate(clean.languages):
         if code not in LANGUAGES:
             meant = re.split("[-_]", code.lower())[0]
             hint = f"did you mean {meant}?" if meant in LANGUAGES else "two letters of ISO 639-1, such as en, de or zh"
             yield Conflict((f"data.clean.languages.{number}",), f"'{code}' is no language that can be told", hint)
-
-
-def _pattern(key: str, pattern: str) -> Iterator[Conflict]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        hint = "write it in Python's syntax; in YAML, between single quotes"
-        yield Conflict((key,), f"'{pattern}' is no regular expression: {error}", hint)
 
 
 def _wording(key: str, wording: str) -> Iterator[Conflict]:
@@ -170,8 +150,6 @@ def _numbers(recipe: Recipe) -> Iterator[Conflict]:
     if recipe.schedule.warmup > 1 and not recipe.schedule.warmup.is_integer():
         message = f"{recipe.schedule.warmup:g} is neither a share of the steps nor a whole number of them"
         yield Conflict(("schedule.warmup",), message, "below 1 it is a share, otherwise a number of steps")
-    if 1.0 in recipe.optimizer.betas:
-        yield Conflict(("optimizer.betas",), "a beta of 1 never forgets its first value", "such as [0.9, 0.999]")
     workers = recipe.cluster.workers
     if isinstance(workers, Workers):
         if workers.min > workers.max:
@@ -185,6 +163,16 @@ def _numbers(recipe: Recipe) -> Iterator[Conflict]:
     if recipe.parallel.zero == 0 and recipe.parallel.offload == "cpu":
         keys = ("parallel.offload", "parallel.zero")
         yield Conflict(keys, "ZeRO 0 has nothing to offload", "set parallel.zero to 1, 2, 3 or auto")
+
+
+def _logging(recipe: Recipe) -> Iterator[Conflict]:
+    trackers = recipe.logging.trackers
+    twice = next((name for i, name in enumerate(trackers) if name in trackers[:i]), None)
+    if twice is not None:
+        yield Conflict(("logging.trackers",), f"'{twice}' is given twice", "name each tracker once")
+    if recipe.logging.project is not None and not {"wandb", "mlflow"}.intersection(trackers):
+        keys, hint = ("logging.project", "logging.trackers"), "add wandb or mlflow to logging.trackers, or leave it out"
+        yield Conflict(keys, "W&B's project and MLflow's experiment, and neither is in logging.trackers", hint)
 
 
 def _texts(recipe: Recipe) -> Iterator[Conflict]:

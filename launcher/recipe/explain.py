@@ -47,6 +47,10 @@ ELSEWHERE = {
     "base_model": "model.path",
     "lora_r": "method.rank",
     "lora_alpha": "method.alpha",
+    "lora_dropout": "method.dropout",
+    "use_dora": "method.dora",
+    "use_rslora": "method.rslora",
+    "init_lora_weights": "method.init",
     "datasets": "data.train",
     "num_gpus": "cluster.workers",
 }

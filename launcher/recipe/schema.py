@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt
 
 from launcher.recipe.schema_data import Data
-from launcher.recipe.section import Auto, Fraction, Section
+from launcher.recipe.schema_evaluate import Evaluate
+from launcher.recipe.schema_train import Guard, Method, Optimizer, Schedule, Train
+from launcher.recipe.section import Auto, Section
 
 
 class Model(Section):
@@ -38,80 +40,11 @@ class Model(Section):
     kernels: Literal["auto", "fused", "eager"] = "auto"
     """`fused` puts our kernels in the place of the model's norms, rotations, gated layers and loss, wherever they
     compute the same. `auto`: on GPUs."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Probability of every dropout that the model's configuration names, of embeddings, attention and layers. Left out:
+    as the model has it."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose code you have read."""
-
-
-class Method(Section):
-    """What is trained."""
-
-    kind: Literal["full", "lora", "qlora", "freeze"] = "full"
-    """`full`: every weight. `lora`: low-rank adapters. `qlora`: adapters over a 4-bit NF4 base. `freeze`: last
-    layers."""
-    rank: PositiveInt = 16
-    """Rank of the adapters (lora, qlora)."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    """Adapters are scaled by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability of dropping an adapter's input."""
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Names of the linear layers that get an adapter; `all-linear` is every one but the head."""
-    train_last_layers: PositiveInt = 2
-    """With `freeze`: how many of the last layers are trained, with the final norm and an untied head."""
-
-
-class Train(Section):
-    """How long, how large, how precise."""
-
-    epochs: Annotated[float, Field(gt=0)] | None = None
-    """Passes over the data; 1 where neither this nor `max_steps` is given."""
-    max_steps: PositiveInt | None = None
-    """Optimizer steps, at most. The schedule ends at whichever of `epochs` and `max_steps` comes first."""
-    max_time: str | None = None
-    """Wall-clock limit such as `90s`, `30m` or `2h`: then the run evaluates, saves and ends. The schedule is not
-    bent."""
-    global_batch_size: PositiveInt = 32
-    """Rows in an optimizer step over all ranks; packed rows where `data.packing` is on."""
-    micro_batch_size: PositiveInt | Auto = "auto"
-    """Rows in one forward and backward on one rank."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 17
-    """Seeds the order of the data, the adapters, scratch weights and dropout."""
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of weights and activations; masters stay fp32. `auto`: bf16 on GPUs, fp32 on CPUs."""
-    gradient_checkpointing: bool | Auto = "auto"
-    """Recompute activations in the backward pass: less memory, about a third more compute. `auto`: on GPUs, for
-    models of
-    1B parameters or more."""
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    """Clip the global gradient norm; 0 switches it off."""
-
-
-class Optimizer(Section):
-    """AdamW and its numbers."""
-
-    name: Literal["adamw", "adamw_8bit"] = "adamw"
-    """Decoupled weight decay, as in Loshchilov and Hutter, 2019. `adamw_8bit`: its moments in 8 bits (bitsandbytes;
-    Dettmers et al., 2022), a quarter of the memory. They fit one cut only: a run resumes at the ZeRO stage and on the
-    number of ranks that it was saved with."""
-    lr: Annotated[float, Field(gt=0)] = 2.0e-5
-    """Peak learning rate."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """Decay of the first and second moment."""
-    eps: Annotated[float, Field(gt=0)] = 1.0e-8
-    """Added to the root of the second moment."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Not applied to norms, biases and other one-dimensional weights."""
-
-
-class Schedule(Section):
-    """The learning rate over the steps."""
-
-    kind: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after the warm-up."""
-    warmup: Annotated[float, Field(ge=0)] = 0.03
-    """Below 1 a share of all steps, otherwise a number of steps."""
-    min_lr_ratio: Fraction = 0.0
-    """Where cosine and linear end, as a share of the peak."""
 
 
 class Parallel(Section):
@@ -123,29 +56,7 @@ class Parallel(Section):
     """Keep the optimizer's state, and at stage 3 the parameters, in host memory."""
 
 
-class Generate(Section):
-    """Answers in words on `data.test`, compared with the reference."""
-
-    rows: PositiveInt = 200
-    """How many of the test rows, the first ones."""
-    max_new_tokens: PositiveInt = 64
-    """Longest answer, in tokens."""
-    batch_size: PositiveInt = 32
-    """Prompts answered at once on one rank."""
-
-
 Audit = Literal["strict", "warn", "off"]
-
-
-class Evaluate(Section):
-    """Measuring on held-out rows while training."""
-
-    every_steps: PositiveInt | None = None
-    """Evaluation loss and token accuracy every so many steps, and always at the end. Left out: ten times a run."""
-    max_rows: PositiveInt | None = None
-    """At most so many evaluation rows."""
-    generate: Generate | None = None
-    """Exact match of generated answers on `data.test`, before the first step and after the last."""
 
 
 class Checkpoint(Section):
@@ -156,7 +67,7 @@ class Checkpoint(Section):
     keep_last: PositiveInt = 2
     """How many of the newest are kept."""
     keep_best: Annotated[int, Field(ge=0)] = 1
-    """How many of those with the lowest evaluation loss are kept beside them."""
+    """How many of the best by `evaluate.metric` are kept beside them."""
     keep_every: PositiveInt | None = None
     """Every checkpoint whose step divides by this many steps is kept for good. Left out: none."""
     background: bool = True
@@ -200,6 +111,12 @@ class Logging(Section):
 
     every_steps: PositiveInt = 1
     """A line in metrics.jsonl every so many steps."""
+    system_every_s: Annotated[float, Field(ge=1)] | None = 10
+    """Use of CPUs, GPUs, memory and energy every so many seconds. `null`: never."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Where the numbers of metrics.jsonl go as well; each needs the extra of its name."""
+    project: str | None = None
+    """W&B's project, MLflow's experiment; `slipway` where left out."""
 
 
 class Export(Section):
@@ -207,6 +124,9 @@ class Export(Section):
 
     enabled: bool = True
     """Write `model/` in the run's folder when the run ends."""
+    checkpoint: Literal["auto", "last", "best"] = "auto"
+    """Which one becomes the model: the last, or the best by `evaluate.metric`. `auto`: the best where the run may stop
+    early, otherwise the last."""
     merge: bool | Auto = "auto"
     """Fold adapters into the base. `auto`: for lora over a scratch base; qlora and lora over a file stay adapters."""
     max_shard_size: str = "5GB"
@@ -228,12 +148,16 @@ class Recipe(Section):
     """Before the first step, on the run's own model and data: fused kernels compute what the model does, packed
     documents do not see each other, the loss is on the words that are meant. `strict`: a finding ends the run;
     `warn`: it is said; `off`: nothing is looked at."""
+    task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
+    """`causal_lm`: the model learns to say what follows. `sequence_classification`: a head on it, on a GPT-style model
+    or an encoder such as BERT, learns the class of each row: its label, or the word that answers its prompt."""
     model: Model = Model()
     method: Method = Method()
     data: Data = Data()
     train: Train = Train()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
+    guard: Guard = Guard()
     parallel: Parallel = Parallel()
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()

@@ -50,7 +50,8 @@ class Source(Section):
     instruction: str | None = None
     """What a `classification` row is asked, before its text: `Is this review positive or negative?`."""
     labels: tuple[str, ...] = ()
-    """Words for the numbered labels of a `classification` source: `[negative, positive]`."""
+    """Words for the numbered labels of a `classification` source: `[negative, positive]`. A head's outputs are in their
+    order."""
 
 
 class HeldOut(Section):
@@ -90,6 +91,16 @@ class Clean(Section):
     """Undo text that was read in the wrong encoding (`cafÃ©`), and normalize to NFC. Mended rows are counted."""
 
 
+class Replay(Section):
+    """Rows of what the model learned earlier, mixed in so that it does not forget it."""
+
+    sources: tuple[Source, ...]
+    """Where they come from."""
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Of all documents of an epoch, once rows are cleaned and what is too long is left out; chosen by a hash of each,
+    repeated where there are too few."""
+
+
 class Augment(Section):
     """Variations of training rows, drawn from a hash of each row and the seed. Held-out rows are never varied."""
 
@@ -114,7 +125,8 @@ class Data(Section):
     test: HeldOut = HeldOut()
     """Held-out rows that the model answers in words before and after training (`evaluate.generate`)."""
     label: str | None = None
-    """Column with each row's class, for `stratify` and `balance`; `classification` rows have theirs already."""
+    """Column with each row's class, for `stratify`, `balance` and sequence classification; `classification` rows have
+    theirs already."""
     group: str | None = None
     """Column whose value keeps rows together: all of a group are held out, or none."""
     stratify: bool = False
@@ -122,12 +134,15 @@ class Data(Section):
     balance: Literal["none", "weights", "oversample", "undersample"] = "none"
     """What is done where classes differ in size. `weights`: each class has the same weight in the loss; `oversample`:
     rows of rare classes come several times an epoch; `undersample`: rows of frequent classes are left out."""
+    replay: Replay | None = None
+    """Rows of what the model learned earlier, mixed in."""
     clean: Clean = Clean()
     augment: Augment = Augment()
     max_length: PositiveInt = 2048
     """Tokens in a row, at most."""
     packing: bool = True
-    """Put several conversations into one row of `max_length` tokens; they never see each other."""
+    """Put several conversations into one row of `max_length` tokens; they never see each other. Off in a sequence
+    classification, whose head reads one document a row."""
     too_long: Literal["drop", "truncate_end", "truncate_start", "split", "stop"] = "drop"
     """What happens to a conversation of more than `max_length` tokens: left out, cut at an end, or cut into several
     documents. Each is counted and listed."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import shutil
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,13 +13,9 @@ import torch.distributed as dist
 from launcher.plan.batch import BatchLayout
 from launcher.plan.deepspeed import deepspeed_config
 from launcher.plan.plan import Plan
+from launcher.train.optimizer import build_optimizer, parameter_groups, set_learning_rate
 
 log = logging.getLogger(__name__)
-
-
-def without_compiler() -> bool:
-    """True where DeepSpeed cannot build its C++ ops."""
-    return shutil.which("g++") is None and shutil.which("c++") is None
 
 
 def import_deepspeed() -> Any:
@@ -48,39 +44,6 @@ def join_communication() -> Any:
     return deepspeed
 
 
-def optimizer_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices decay, norms and biases (one-dimensional) do not."""
-    decayed: list[torch.nn.Parameter] = []
-    kept: list[torch.nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            # Under ZeRO-3 a partitioned parameter looks one-dimensional; its whole shape is in ds_shape.
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            (decayed if len(shape) > 1 else kept).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-def build_optimizer(groups: Iterable[dict[str, Any]], plan: Plan) -> torch.optim.Optimizer:
-    """AdamW over `groups`: bitsandbytes' where its moments are to take 8 bits, DeepSpeed's vectorized one when a GPU
-    run offloads and it can be compiled, torch's otherwise."""
-    hyper = plan.trajectory.optimizer
-    settings: dict[str, Any] = {"lr": hyper.lr, "betas": hyper.betas, "eps": hyper.eps}
-    if hyper.name == "adamw_8bit":
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(list(groups), **settings)
-    if plan.layout.offload and plan.layout.device == "cuda":
-        if not without_compiler():
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-            return DeepSpeedCPUAdam(list(groups), **settings)
-        log.warning(
-            "no C++ compiler: the offloaded optimizer is torch's AdamW, several times slower than DeepSpeedCPUAdam"
-        )
-    return torch.optim.AdamW(list(groups), **settings, fused=True)
-
-
 def build_engine(model: torch.nn.Module, plan: Plan, batch: BatchLayout) -> Any:
     """A DeepSpeed engine over `model`; the process group must be open.
 
@@ -88,23 +51,38 @@ def build_engine(model: torch.nn.Module, plan: Plan, batch: BatchLayout) -> Any:
     """
     deepspeed = join_communication()
     config = deepspeed_config(plan.layout, batch, plan.trajectory.dtype, plan.trajectory.optimizer.max_grad_norm)
-    optimizer = build_optimizer(optimizer_groups(model, plan.trajectory.optimizer.weight_decay), plan)
-    rates = [group["lr"] for group in optimizer.param_groups]
+    optimizer = build_optimizer(parameter_groups(model, plan), plan)
     # DeepSpeed's bf16 optimizer of stage 0 takes a step on zero gradients while it is built. That would decay every
-    # weight once and leave Adam's bias correction a step ahead for good (second loss 6e-4 off, measured): the rate is
-    # zero meanwhile, and the count is taken back.
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
+    # weight once and leave Adam's bias correction a step ahead for good (second loss 6e-4 off, measured), and decay is
+    # in sgd's momentum: the rate is zero meanwhile, and the state is forgotten.
+    set_learning_rate(optimizer, 0.0)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    for state in optimizer.state.values():
-        state["step"] = state["step"].zero_() if torch.is_tensor(state["step"]) else 0
+    set_learning_rate(optimizer, plan.trajectory.optimizer.lr)
+    optimizer.state.clear()
     return engine
 
 
-def optimizer_step(engine: Any, plan: Plan) -> float | None:
-    """One `engine.step()`; at the end of an accumulation the global gradient norm before clipping, otherwise None."""
+def destroy_engine(engine: Any) -> None:
+    """Remove an engine's hooks and have DeepSpeed forget it. With the caller's own reference the last one to it, to its
+    model and to its optimizer's state is gone then, but for those that they hold to each other."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    engine.destroy()
+    # ZeRO-3 keeps the model for good in a list of modules that compute, and every module in the keys of an lru_cache,
+    # which is inside of a wrapper.
+    FWD_MODULE_STACK.clear()
+    cached: Any = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    for cell in cached.__closure__:
+        cell.cell_contents.cache_clear()
+
+
+def optimizer_step(engine: Any, plan: Plan, update: bool = True) -> float | None:
+    """One `engine.step()`; at the end of an accumulation the global gradient norm before clipping, otherwise None.
+
+    Where that is no number, or no `update` is wanted, the gradients are dropped: weights, moments and their counts stay
+    as they are.
+    """
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
         return None
@@ -113,6 +91,23 @@ def optimizer_step(engine: Any, plan: Plan) -> float | None:
         # Every rank holds all averaged gradients; without a bound the norm is still worth knowing.
         parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(parameters, plan.trajectory.optimizer.max_grad_norm or float("inf"))
-    engine.step()
+        update = update and bool(torch.isfinite(norm))  # in all other cases DeepSpeed looks itself
+    with contextlib.nullcontext() if update else without_update(engine):
+        engine.step()
     norm = engine.get_global_grad_norm() if norm is None else norm
     return float(norm) if norm is not None else None
+
+
+@contextlib.contextmanager
+def without_update(engine: Any) -> Iterator[None]:
+    """A step that `engine` takes in the block goes through all its motions, but the innermost optimizer does nothing.
+
+    So every stage clears its gradients and counts its micro batches as it always does, and publishes masters that have
+    not changed.
+    """
+    innermost = engine.basic_optimizer
+    innermost.step = lambda *_, **__: None  # hides the method of its class
+    try:
+        yield
+    finally:
+        del innermost.step

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from launcher.data.loader import GlobalBatch, MicroBatch
 from launcher.errors import Superseded
-from launcher.plan.batch import BatchLayout
 from launcher.train import startup
 from launcher.train.agreement import agreed, agreed_on_time
 from launcher.train.beat import SUMS, doing, mark
+from launcher.train.best import restore
+from launcher.train.ending import Ended, ended
 from launcher.train.engine import optimizer_step as step_engine
-from launcher.train.evaluate import evaluate_loss, exact_match
+from launcher.train.guards import keeps_best, over
+from launcher.train.measure import baseline, finish, measure
+from launcher.train.optimizer import set_learning_rate
 from launcher.train.parts import Parts, Progress
-from launcher.train.probe import write_probe
 from launcher.train.request import ask_for_checkpoint, checkpoint_asked_for
 from launcher.train.saving import PATIENCE_S, checkpoint, report_saves, save_last
 from launcher.train.schedule import lr_factor
+from launcher.train.spiked import named, respond, suspects
+from launcher.train.spikes import Spike, judge, judge_norm
 from launcher.train.throughput import memory_bytes
+from launcher.train.unfreeze import begins_next, unfreeze
 from launcher.train.verdict import Verdict
 
 
@@ -37,10 +43,15 @@ class StepResult:
     stop: bool
     save: bool
     """A checkpoint has been asked for."""
-    not_finite: str | None
-    """What was not finite and in which rows; nothing is saved after it."""
+    spike: Spike | None
+    """Why it is not to be trusted, and what follows."""
     grad_norm: float | None = None
     """Global, before clipping."""
+
+    @property
+    def learned(self) -> bool:
+        """Whether the weights have changed."""
+        return self.spike is None or not self.spike.left_out
 
 
 def train(parts: Parts, progress: Progress) -> Verdict:
@@ -51,10 +62,10 @@ def train(parts: Parts, progress: Progress) -> Verdict:
     plan, life, resumed_at = parts.plan, parts.plan.lifecycle, progress.step
     clock, saved_at = time.monotonic() - progress.elapsed_s, time.monotonic()
     slow = False
-    if progress.step == 0 and parts.test_rows is not None:
-        progress.exact_match_before = answer_test_rows(parts, 0)
-        if progress.exact_match_before is None:
-            return Verdict("stopped", 0, "stopped before the first step")
+    if over(progress, life) and progress.step < life.total_steps:
+        return end(parts, progress, "stopped_early", saved=True)
+    if progress.step == 0 and not baseline(parts, progress):
+        return Verdict("stopped", 0, "stopped before the first step")
     startup.ended("answers before training")
     parts.watch.lap()
     while progress.step < life.total_steps:
@@ -64,41 +75,40 @@ def train(parts: Parts, progress: Progress) -> Verdict:
         mark("data", step + 1)
         global_batch = parts.train_data.global_batch(step)
         learning_rate = plan.trajectory.optimizer.lr * lr_factor(plan.trajectory.schedule, step, life.total_steps)
-        result = optimizer_step(parts, step, global_batch, learning_rate, interruptible=slow)
+        result = optimizer_step(parts, step, global_batch, learning_rate, progress.losses, interruptible=slow)
         if result is None:
             return stop(parts, progress, resumed_at)
-        if result.not_finite is not None:
-            parts.saver.join()
-            report_saves(parts)
-            return Verdict(
-                "not_finite",
-                step,
-                result.not_finite,
-                "lower optimizer.lr, lengthen schedule.warmup, or look at these rows with slipway data",
-                exit_code=1,
-            )
+        if result.spike is not None and (verdict := respond(parts, progress, result.spike)):
+            return verdict
         progress.step += 1
         doing.warm = True
-        progress.tokens += global_batch.tokens
-        progress.supervised_tokens += global_batch.supervised_tokens
+        if result.learned:
+            progress.learn(result.loss, global_batch.tokens, global_batch.supervised_tokens, life.guard.window)
         progress.elapsed_s = time.monotonic() - clock
         report_startup(parts)
         last = progress.step == life.total_steps
         limited = agreed_on_time(parts, progress.elapsed_s, time.monotonic() - began)
         slow, out_of_time = limited.slow, limited.over
         report_saves(parts)
-        if progress.step % life.log_every_steps == 0 or last or out_of_time or result.stop:
+        due = progress.step % life.log_every_steps == 0 or last or out_of_time or result.stop
+        if due and math.isfinite(result.loss):
             log_step(parts, progress, global_batch, result, learning_rate)
         if result.stop and not last:
             return stop(parts, progress, resumed_at)
-        measured = True
-        if progress.step % life.eval_every_steps == 0 or last or out_of_time:
+        measured = None
+        if evaluates := progress.step % life.eval_every_steps == 0 or last or out_of_time:
             measured = measure(parts, progress)
         if last or out_of_time:
             return end(parts, progress, "finished" if last else "out_of_time")
-        if not measured:
+        if evaluates and measured is None:
             return stop(parts, progress, resumed_at)
-        if progress.step % life.checkpoint_every_steps == 0 or result.save:
+        if over(progress, life):
+            return end(parts, progress, "stopped_early")
+        if begins_next(parts, progress.step):
+            if unsaved := unfreeze(parts, progress):
+                return unsaved
+            saved_at = time.monotonic()
+        elif progress.step % life.checkpoint_every_steps == 0 or result.save or keeps_best(progress, life):
             checkpoint(parts, progress)
             saved_at = time.monotonic()
     return end(parts, progress, "finished", saved=resumed_at == progress.step)
@@ -122,28 +132,32 @@ def stop(parts: Parts, progress: Progress, resumed_at: int) -> Verdict:
     return Verdict("stopped", progress.step, f"stopped and saved at step {progress.step}")
 
 
-def end(parts: Parts, progress: Progress, kind: Literal["finished", "out_of_time"], saved: bool = False) -> Verdict:
-    """Save the last step for good, then measure what only an end can be measured by."""
+def end(parts: Parts, progress: Progress, kind: Ended, saved: bool = False) -> Verdict:
+    """Save the last step for good, then measure what only an end can be measured by: of the best one, where the model
+    is made from that."""
     if not saved and (unsaved := save_last(parts, progress, PATIENCE_S)):
         return unsaved
-    finish(parts, progress)
-    message = f"finished {progress.step} steps"
-    if kind == "out_of_time":
-        message = f"train.max_time is over: saved at step {progress.step}"
-    return Verdict(kind, progress.step, message)
+    of_model = restore(parts, progress)
+    finish(parts, of_model)
+    return ended(parts, progress, of_model, kind)
 
 
 def optimizer_step(
-    parts: Parts, step: int, global_batch: GlobalBatch, learning_rate: float, interruptible: bool = False
+    parts: Parts,
+    step: int,
+    global_batch: GlobalBatch,
+    learning_rate: float,
+    recent: Sequence[float] = (),
+    interruptible: bool = False,
 ) -> StepResult | None:
-    """Forward and backward over this rank's micro batches, then one optimizer step.
+    """Forward and backward over this rank's micro batches, then one optimizer step, unless its loss is a spike among
+    the `recent` ones.
 
     None where the step was given up for a stop, which is looked for between its micro batches if it is `interruptible`:
     the weights are those of the step before.
     """
     engine, batch, rank = parts.engine, parts.batch, dist.get_rank()
-    for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
+    set_learning_rate(engine.optimizer, learning_rate)
     seed_step(parts.plan.trajectory.seed, step, rank)
     # DeepSpeed averages over ranks and micro steps; this turns that average of sums into the sum over the global batch
     # divided by the weight of its supervised tokens, a number known before the first backward.
@@ -166,8 +180,8 @@ def optimizer_step(
             correct += micro_correct
         boundary = micro_step == batch.num_micro_steps - 1
         if boundary:
-            result = agree(parts, step, torch.stack(losses), correct, seen, global_batch)
-            if result.not_finite is not None:
+            result = agree(parts, step, torch.stack(losses), correct, seen, global_batch, recent)
+            if result.spike is not None and result.spike.action == "stop":
                 return result
         with parts.watch.part("backward"):
             engine.backward(loss_sum * scale)
@@ -175,13 +189,14 @@ def optimizer_step(
             with parts.watch.part("checkpoint"):
                 parts.saver.before_update()
         with parts.watch.part("step"):
-            grad_norm = step_engine(engine, parts.plan)
+            # Also for a step that is left out: it ends the accumulation, and clears what has been accumulated.
+            grad_norm = step_engine(engine, parts.plan, update=result is None or result.learned)
     assert result is not None
-    if grad_norm is not None and not math.isfinite(grad_norm):
-        return replace(
-            result, not_finite=f"the gradient norm of step {step + 1} is {grad_norm}, its loss {result.loss:.4f}"
-        )
-    return replace(result, grad_norm=grad_norm)
+    if grad_norm is None or math.isfinite(grad_norm):
+        return replace(result, grad_norm=grad_norm)
+    if not result.learned:
+        return result
+    return replace(result, spike=judge_norm(parts.plan.lifecycle.guard, step + 1, result.loss, grad_norm))
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -197,9 +212,10 @@ def agree(
     correct: torch.Tensor,
     seen: list[MicroBatch],
     global_batch: GlobalBatch,
+    recent: Sequence[float],
 ) -> StepResult:
-    """Add the ranks' sums up, and tell every rank of a stop request, a lost lease or a loss that is not finite: the
-    step's only wait.
+    """Add the ranks' sums up, and tell every rank of a stop request, a lost lease or a loss that is a spike among the
+    `recent` ones: the step's only wait.
 
     Raises Superseded.
     """
@@ -220,15 +236,10 @@ def agree(
             f"another launcher has taken {parts.plan.location} over", hint="stop this launcher, the other one goes on"
         )
     loss, accuracy = loss_total / global_batch.weight, correct_total / global_batch.supervised_tokens
-    not_finite = None
-    if num_bad:
-        mine = [where for ok, micro in zip(finite.tolist(), seen, strict=True) if not ok for where in micro.where]
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, mine)
-        rows = [where for part in gathered for where in part]
-        shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-        not_finite = f"the loss of step {step + 1} is {loss}; rows: {shown}"
-    return StepResult(loss, accuracy, bool(stops), bool(saves), not_finite)
+    spike = judge(parts.plan.lifecycle.guard, recent, step + 1, loss, finite=not num_bad)
+    if spike is not None:
+        spike = replace(spike, message=spike.message + named(suspects(losses, seen)))
+    return StepResult(loss, accuracy, bool(stops), bool(saves), spike)
 
 
 def log_step(parts: Parts, progress: Progress, global_batch: Any, result: StepResult, learning_rate: float) -> None:
@@ -248,55 +259,3 @@ def log_step(parts: Parts, progress: Progress, global_batch: Any, result: StepRe
         seconds=seconds,
         memory_bytes=memory_bytes(parts.device),
     )
-
-
-def measure(parts: Parts, progress: Progress) -> bool:
-    """Evaluation loss and token accuracy, where rows are held out; False where a stop came first."""
-    if not parts.eval_data.num_documents:
-        return True
-    layout, data = parts.plan.layout, parts.plan.trajectory.data
-    with parts.watch.part("evaluate"):
-        found = evaluate_loss(
-            parts.engine,
-            parts.loss,
-            parts.eval_data,
-            data.max_length * layout.micro_batch_size,
-            parts.device,
-            parts.stopping,
-        )
-    if found is None:
-        return False
-    (progress.eval_loss, accuracy), progress.eval_step = found, progress.step
-    parts.log.write("eval", step=progress.step, loss=progress.eval_loss, accuracy=accuracy)
-    return True
-
-
-def answer_test_rows(parts: Parts, step: int) -> float | None:
-    """Exact match on the test rows, None where a stop came first; the answers are kept in the run's folder."""
-    life = parts.plan.lifecycle
-    assert parts.test_rows is not None
-    assert life.generate is not None
-    with parts.watch.part("evaluate"):
-        score = exact_match(
-            parts.engine,
-            parts.test_rows,
-            parts.tokenizer,
-            parts.end_of_turn,
-            life.generate,
-            parts.plan.layout.zero,
-            parts.device,
-            parts.run_dir / f"answers-{step:08d}.jsonl",
-            parts.stopping,
-        )
-    if score is None:
-        return None
-    parts.log.write("exact_match", step=step, score=score, rows=len(parts.test_rows))
-    return score
-
-
-def finish(parts: Parts, progress: Progress) -> None:
-    """What a run that reached its end still measures."""
-    if parts.test_rows is not None:
-        answer_test_rows(parts, progress.step)
-    first = next(parts.train_data.micro_batches(0, BatchLayout(1, 1, parts.plan.trajectory.global_batch_size), 0))
-    write_probe(parts.loss, first, parts.run_dir, progress.step, dist.get_rank())

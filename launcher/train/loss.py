@@ -20,15 +20,19 @@ from launcher_kernels.cross_entropy import cross_entropy_sum
 class SupervisedLoss:
     """Loss sum and correct tokens of micro batches through one model or engine."""
 
-    def __init__(self, network: Any, causal_lm: Any, flat: bool, device: torch.device) -> None:
+    def __init__(
+        self, network: Any, causal_lm: Any, flat: bool, device: torch.device, label_smoothing: float = 0.0
+    ) -> None:
         """
         Args:
             network: what is called: the DeepSpeed engine, or a model
             causal_lm: the transformers model inside it; where `fuse` gave it a head for the loss, that computes it
             flat: documents end to end in one row, kept apart by the packed attention; otherwise a padded row each
             device: where the batch goes
+            label_smoothing: share of each target that is spread over the vocabulary, while the model is training
         """
         self.network, self.causal_lm, self.flat, self.device = network, causal_lm, flat, device
+        self.label_smoothing = label_smoothing
         self.head_takes_index = flat and "logits_to_keep" in inspect.signature(type(causal_lm).forward).parameters
 
     def __call__(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -36,8 +40,9 @@ class SupervisedLoss:
         fp32."""
         targets_S = batch.targets.to(self.device, non_blocking=True)
         weights_S = batch.weights.to(self.device, non_blocking=True) if batch.weights is not None else None
+        smoothing = self.label_smoothing if self.causal_lm.training else 0.0
         if not takes_targets(self.causal_lm):
-            return cross_entropy_sum(self.logits(batch), targets_S, weights_S)
+            return cross_entropy_sum(self.logits(batch), targets_S, weights_S, smoothing)
         index_S = batch.supervised_index
         if not self.flat:  # of the padded rows end to end
             index_S = self._kept(batch).flatten().nonzero()[:, 0][index_S]
@@ -46,6 +51,7 @@ class SupervisedLoss:
             supervised_index=index_S.to(self.device, non_blocking=True),
             targets=targets_S,
             row_weights=weights_S,
+            label_smoothing=smoothing,
         )
         return loss, correct
 

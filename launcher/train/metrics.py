@@ -14,7 +14,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,12 @@ MOST_KEPT = 10_000
 class MetricsLog:
     """The writing end, for one thread; only rank 0 has one that writes. No method raises OSError."""
 
-    def __init__(self, run_dir: Path, attempt: str, writes: bool) -> None:
-        """`attempt` as `str(Attempt)` gives it, such as "3.2". The file is made with the first line, its folder
-        never."""
+    def __init__(self, run_dir: Path, attempt: str, writes: bool, name: str = FILE) -> None:
+        """`attempt` as `str(Attempt)` gives it, such as "3.2"; `name` of a file below the run's folder. The file is
+        made with the first line, its folder never."""
         self.attempt, self.writes = attempt, writes
-        self._path = run_dir / FILE
-        self._folder = _identity(run_dir)
+        self._path = run_dir / name
+        self._folder = _identity(self._path.parent)
         self._descriptor: int | None = None
         self._torn = False
         """Whether the file may end in half a line."""
@@ -128,15 +128,46 @@ def read(run_dir: Path) -> Iterator[dict[str, Any]]:
     Torn lines do not, nor do those of an attempt that a later one's line `start` precedes. Raises OSError where the
     file is there and cannot be read.
     """
-    latest: tuple[int, ...] = ()
-    for record in _records(run_dir / FILE):
-        attempt = _attempt(record)
-        if attempt is not None:
-            if attempt < latest:
-                continue
-            if record["kind"] == "start":
-                latest = attempt
-        yield record
+    counts = Counting()
+    yield from (record for record in _records(run_dir / FILE) if counts(record))
+
+
+class Counting:
+    """Tells, of one line after the other, which count."""
+
+    def __init__(self) -> None:
+        self._latest: tuple[int, ...] = ()
+
+    def __call__(self, record: dict[str, Any]) -> bool:
+        attempt = attempt_of(record)
+        if attempt is None:
+            return True
+        if attempt < self._latest:
+            return False
+        if record["kind"] == "start":
+            self._latest = attempt
+        return True
+
+
+def follow(path: Path, whole: bool = False) -> Iterator[list[dict[str, Any]]]:
+    """At each `next`, the whole lines that were added to a JSON-lines file since the last; begins at its present end,
+    or where `whole` is wanted at its beginning."""
+    position = path.stat().st_size if path.exists() and not whole else 0
+    rest = b""
+    while True:
+        records = []
+        with contextlib.suppress(OSError):  # not there yet, or not now: a mount that has vanished may come back
+            with path.open("rb") as file:
+                file.seek(position)
+                rest += file.read()
+                position = file.tell()
+            *lines, rest = rest.split(b"\n")
+            for line in lines:
+                with contextlib.suppress(json.JSONDecodeError):
+                    record = json.loads(line)
+                    if isinstance(record, dict):  # and no half of a torn line
+                        records.append(record)
+        yield records
 
 
 def last_of_each_step(run_dir: Path, kind: str = "step") -> dict[int, dict[str, Any]]:
@@ -168,8 +199,8 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
                     yield record
 
 
-def _attempt(record: dict[str, Any]) -> tuple[int, ...] | None:
-    """(3, 2) for "3.2"; None in a line of a Slipway that wrote none."""
+def attempt_of(record: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """(3, 2) for a line of attempt "3.2"; None in a line of a Slipway that wrote none."""
     parts = str(record.get("attempt")).split(".")
     return tuple(map(int, parts)) if all(part.isdecimal() for part in parts) else None
 

@@ -26,33 +26,32 @@ from launcher.checkpoint.lease import Attempt, acquire, begin
 from launcher.checkpoint.load import load_newest
 from launcher.checkpoint.saver import Saver
 from launcher.checkpoint.together import together
-from launcher.data.loader import EvalData, MicroBatch, TestRows, TrainData
+from launcher.data.loader import EvalData, TrainData
 from launcher.errors import AuditError, ModelError, SlipwayError
-from launcher.model import attention
-from launcher.model.adapters import apply_method, enable_gradient_checkpointing
-from launcher.model.added_tokens import added_ids
-from launcher.model.fuse import fuse
-from launcher.model.load import load_model
 from launcher.plan.batch import BatchLayout, batch_layout
-from launcher.plan.deepspeed import deepspeed_config
 from launcher.plan.plan import Plan
 from launcher.store.location import open_store
 from launcher.store.spool import Spool
 from launcher.store.store import Store
 from launcher.train import startup
-from launcher.train.beat import AUDITING, BUILDING, CONCLUDING, LOADING, RESUMING, doing, mark
-from launcher.train.engine import build_engine, join_communication
-from launcher.train.evaluate import evaluating
+from launcher.train.beat import CONCLUDING, RESUMING, doing, mark
 from launcher.train.loop import train
-from launcher.train.loss import SupervisedLoss
+from launcher.train.measure import open_test_rows
 from launcher.train.metrics import MetricsLog, latest_start
+from launcher.train.network import build_network
 from launcher.train.parts import Parts, Progress
 from launcher.train.resize import resized
 from launcher.train.stop import StopSignal
+from launcher.train.system import own_files, sampled
 from launcher.train.throughput import Stopwatch
+from launcher.train.trackers.following import Following
+from launcher.train.unfreeze import load_checkpoint, phase_to_begin_with
 from launcher.train.verdict import Verdict, stop_requested
 
 log = logging.getLogger(__name__)
+
+MEASURED = ("answers-*", "predictions-*", "probe-*")
+"""Files of a run's folder that evaluations write."""
 
 
 def train_run(plan: Plan, launch: int, interrupted: Callable[[], bool] = lambda: False) -> Verdict:
@@ -73,6 +72,7 @@ def train_run(plan: Plan, launch: int, interrupted: Callable[[], bool] = lambda:
     if attempt.start > 1:
         startup.forget()
     metrics = MetricsLog(run_dir, str(attempt), writes=rank == 0)
+    trackers = Following(plan, tells=rank == 0)
 
     def stopping() -> bool:
         return interrupted() or (rank == 0 and stop_requested(run_dir))
@@ -87,7 +87,7 @@ def train_run(plan: Plan, launch: int, interrupted: Callable[[], bool] = lambda:
         gc.collect()
         gc.freeze()
         startup.ended("clean-up")
-        workers = everybody()
+        workers = everybody(device)
         if rank == 0 and (change := resized(latest_start(run_dir), str(attempt), workers)):
             metrics.write("resize", step=progress.step, **change)
         metrics.write(
@@ -99,14 +99,17 @@ def train_run(plan: Plan, launch: int, interrupted: Callable[[], bool] = lambda:
         )
         if parts.saver.without_room is not None:
             metrics.write("saves_in_foreground", message=parts.saver.without_room)
-        verdict = train(parts, progress)
+        with sampled(run_dir, str(attempt), rank, plan.lifecycle.system_every_s):
+            verdict = train(parts, progress)
         mark(CONCLUDING)
+        trackers.finish(well=verdict.exit_code == 0 and verdict.kind != "stopped")
         parts.saver.send_alongside()  # what the end measured, where another node looks for it
         return verdict
     except AuditError as error:  # of all ranks alike, and no restart changes it
         return Verdict("error", 0, error.message, error.hint, error.exit_code)
     finally:
         metrics.close()
+        trackers.let_go()
 
 
 def begin_together(store: Store, launch: int) -> Attempt:
@@ -117,10 +120,11 @@ def begin_together(store: Store, launch: int) -> Attempt:
     return attempt
 
 
-def everybody() -> list[dict[str, Any]]:
-    """Host and process of each rank, in order: for whoever has to look at one. Collective."""
+def everybody(device: torch.device) -> list[dict[str, Any]]:
+    """Host, process and GPU of each rank, in order: for whoever has to look at one. Collective."""
     ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, {"host": socket.gethostname(), "pid": os.getpid()})
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    dist.all_gather_object(ranks, {"host": socket.gethostname(), "pid": os.getpid(), "gpu": gpu})
     return ranks
 
 
@@ -169,50 +173,23 @@ def build_parts(
     """
     from transformers import AutoTokenizer
 
-    from launcher.data.masks import end_of_turn_id
-
     trajectory, folder = plan.trajectory, Path(plan.data.folder)
-    ds_config = deepspeed_config(plan.layout, batch, trajectory.dtype, trajectory.optimizer.max_grad_norm)
-    join_communication()
-    added = added_ids(plan)
-    mark(LOADING)
-    base = load_model(plan, ds_config, device, added)
-    model = apply_method(base, trajectory.method, trajectory.seed, added)
-    flat = attention.supports_packing(type(base), base.config)
-    startup.ended("model")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    audit = Audit(plan, device, metrics.write)
-    mark(AUDITING)
-    audit.before_engine(model, base, tokenizer, lambda network, lm: SupervisedLoss(network, lm, flat, device))
-    if plan.layout.kernels == "fused":
-        log.info("%s", fuse(model))
-    if plan.layout.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
-    # transformers hands a model over in evaluation mode: without dropout, and deaf to gradient checkpointing.
-    model.train()
-    trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-    log.info("%s: %d parameters trained", trajectory.model.path, trained)
-    startup.ended("audit")
-    mark(BUILDING)
-    engine = build_engine(model, plan, batch)
-    startup.ended("engine")
-    loss = SupervisedLoss(engine, base, flat, device)
-    mark(AUDITING)
-    audit.through_engine(base, lambda documents: logits_at_rest(loss, documents))
-    audit.conclude()
-    startup.ended("audit")
-    generate = plan.lifecycle.generate
+    tokenizer, test_rows = AutoTokenizer.from_pretrained(folder / "tokenizer"), open_test_rows(plan)
+    phase = phase_to_begin_with(plan, store)
+    engine, loss = build_network(plan, batch, device, phase, tokenizer, Audit(plan, device, metrics.write))
+    life, retain = plan.lifecycle, plan.lifecycle.retain
     spool = Spool(store, Path(plan.run_dir))
     return Parts(
         plan=plan,
         batch=batch,
+        phase=phase,
         engine=engine,
         loss=loss,
         train_data=TrainData(folder, trajectory.global_batch_size, trajectory.seed),
-        eval_data=EvalData(folder, plan.lifecycle.eval_max_rows),
-        test_rows=TestRows(folder, generate.rows) if generate is not None else None,
+        eval_data=EvalData(folder, life.eval_max_rows, slices=life.slices),
+        retain_data=EvalData(folder, retain.max_rows if retain else 0, "retain.arrow"),
+        test_rows=test_rows,
         tokenizer=tokenizer,
-        end_of_turn=end_of_turn_id(tokenizer),
         device=device,
         log=metrics,
         watch=Stopwatch(device),
@@ -221,34 +198,28 @@ def build_parts(
     )
 
 
-def logits_at_rest(loss: SupervisedLoss, batch: MicroBatch) -> torch.Tensor:
-    """[S, V] logits without dropout or gradients."""
-    with evaluating(loss.network):
-        return loss.logits(batch)
-
-
 def spooled(run_dir: Path) -> list[str]:
     """What of this rank goes up with a checkpoint where the run is in an object store."""
     rank = dist.get_rank()
-    names = [f"logs/worker-{rank}.log"]
+    names = [f"logs/worker-{rank}.log", *own_files()]
     if rank == 0:
-        measured = sorted(path.name for kind in ("answers-*", "probe-*") for path in run_dir.glob(kind))
-        names += ["metrics.jsonl", "logs/failures.jsonl", *measured]
+        measured = sorted(path.name for kind in MEASURED for path in run_dir.glob(kind))
+        names += ["metrics.jsonl", "logs/failures.jsonl", "trackers.json", "tensorboard", *measured]
     return names
 
 
 def resume_point(parts: Parts) -> Progress:
     """Load the newest sound checkpoint, if there is one."""
     saver = parts.saver
-    checkpoint, progress, damaged = load_newest(saver.store, parts.engine, parts.plan, saver.group)
+    checkpoint, progress, damaged = load_newest(saver.store, lambda one: load_checkpoint(parts, one), saver.group)
     for message in damaged:
         if dist.get_rank() == 0:
             log.warning("%s", message)
         parts.log.write("damaged_checkpoint", message=message)
-    if checkpoint is None:
+    if checkpoint is None or progress is None:
         return Progress()
     saver.newest = checkpoint.step
-    return Progress(**progress)
+    return progress
 
 
 def main(plan_file: str) -> int:

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 FILE = "verdict.json"
 STOP_FILE = "stop"
-Kind = Literal["finished", "stopped", "out_of_time", "not_finite", "unsaved", "error"]
+Kind = Literal["finished", "stopped_early", "stopped", "out_of_time", "not_finite", "diverged", "unsaved", "error"]
 
 
 @dataclass(frozen=True)

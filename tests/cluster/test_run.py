@@ -28,9 +28,12 @@ def test_a_run_ends_with_a_checked_model_and_says_where(uninterrupted: tuple[Pat
     assert (run_dir / "model" / "model.safetensors").exists()
     assert "checked: plain transformers gives the trained model's logits" in out
     assert "slipway chat" in out
+    assert out.splitlines()[-1] == "report: uninterrupted/report.html"
+    assert "finished 24 steps" in (run_dir / "report.html").read_text(encoding="utf-8")
+    assert "system" in {record["kind"] for record in read(run_dir)}, "one at the end of a run of any length"
     assert len(losses(run_dir)) == 24
-    scores = [record["score"] for record in read(run_dir) if record["kind"] == "exact_match"]
-    assert len(scores) == 2, "answers in words before and after, generated under ZeRO-3 on two ranks"
+    answered = [record for record in read(run_dir) if record["kind"] == "answers"]
+    assert [record["step"] for record in answered] == [0, 24], "before and after, under ZeRO-3 on two ranks"
 
 
 def test_the_terminal_shows_the_run_and_nothing_else(uninterrupted: tuple[Path, str, str]) -> None:
@@ -74,6 +77,7 @@ def test_ctrl_c_saves_and_exits_130_and_a_longer_run_goes_on(folder: Path) -> No
     saved = newest_committed(FolderStore(run_dir))
     assert saved is not None
     assert 3 <= saved.step < 24
+    assert f"stopped and saved at step {saved.step}" in (run_dir / "report.html").read_text(encoding="utf-8")
     with Command(folder, "resume", run_dir, "optimizer.lr=1") as command:
         code, _, err = command.end()
     assert code == 2
@@ -99,6 +103,9 @@ def test_a_worker_that_raises_is_named_first_and_restarts_are_bounded(folder: Pa
     assert errors[2].endswith("worker-1.log:")
     assert "ValueError: boom on rank 1" in "\n".join(errors[3:])
     assert len([record for record in read(run_dir) if record["kind"] == "start"]) == 2
+    report = (run_dir / "report.html").read_text(encoding="utf-8")
+    assert report.index("failed: ValueError: boom on rank 1") < report.index("Duration")
+    assert "worker-1.log" in report
 
 
 def write_raising_model(folder: Path) -> None:
@@ -241,6 +248,14 @@ def test_chat_answers_a_prompt_and_a_conversation(
     twice = said(capsys, "chat", "uninterrupted", "--max-new-tokens", "5")
     assert twice.startswith(once)
     assert len(twice) > len(once)
+
+
+def test_evaluate_finds_what_the_run_measured_last(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(said(capsys, "evaluate", "uninterrupted", "--json"))
+    last = {record["kind"]: record for record in read(Path("uninterrupted"))}
+    assert found["eval"]["loss"] == pytest.approx(last["eval"]["loss"], rel=1e-4)
+    assert found["answers"] == {key: last["answers"][key] for key in found["answers"]}
+    assert len(list(Path("uninterrupted/evaluations").glob("*.json"))) == 1
 
 
 def test_data_marks_exactly_what_is_learned(capsys: pytest.CaptureFixture[str]) -> None:

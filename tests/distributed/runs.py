@@ -12,19 +12,21 @@ import torch.distributed as dist
 
 from launcher.data.prepare import prepare
 from launcher.model.scratch import create_scratch
-from launcher.plan.plan import (
-    LayoutPlan,
-    Lifecycle,
-    MethodPlan,
-    OptimizerPlan,
-    Plan,
-    SchedulePlan,
-    Trajectory,
-)
+from launcher.plan.plan import Plan, SchedulePlan
 from launcher.train.metrics import last_of_each_step
 from launcher.train.verdict import Verdict
 from tests.distributed.tiny import quiet
-from tests.plans import data_plan, held_out, model_plan, source_plan
+from tests.plans import (
+    data_plan,
+    held_out,
+    layout_plan,
+    lifecycle,
+    method_plan,
+    model_plan,
+    optimizer_plan,
+    source_plan,
+    trajectory,
+)
 
 STEPS = 20
 GLOBAL_BATCH = 6
@@ -40,9 +42,9 @@ LLAMA: dict[str, Any] = {
     "max_position_embeddings": 256,
     "vocab_size": 300,
 }
-FULL = MethodPlan(kind="full", rank=None, alpha=None, dropout=None, targets=None, train_last_layers=None)
-FREEZE = FULL.model_copy(update={"kind": "freeze", "train_last_layers": 1})
-LORA = MethodPlan(kind="lora", rank=4, alpha=64.0, dropout=0.0, targets="all-linear", train_last_layers=None)
+FULL = method_plan("full")
+FREEZE = method_plan("freeze", train_last_layers=1)
+LORA = method_plan("lora", rank=4, alpha=64.0)
 QLORA = LORA.model_copy(update={"kind": "qlora"})
 METHODS = {"full": FULL, "freeze": FREEZE, "lora": LORA, "qlora": QLORA}
 
@@ -64,8 +66,11 @@ def conversations(count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def tiny_run(root: Path, balance: Literal["none", "weights"] = "none", **scratch: Any) -> Plan:
-    """A Plan whose data and scratch model lie ready in `root`; `scratch` changes the model's configuration."""
+def tiny_run(
+    root: Path, balance: Literal["none", "weights"] = "none", of_data: dict[str, Any] | None = None, **scratch: Any
+) -> Plan:
+    """A Plan whose data and scratch model lie ready in `root`; `of_data` changes the data's part of it, `scratch` the
+    model's configuration."""
     root.mkdir(parents=True, exist_ok=True)
     rows = root / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in conversations(60)), encoding="utf-8")
@@ -78,7 +83,7 @@ def tiny_run(root: Path, balance: Literal["none", "weights"] = "none", **scratch
         max_length=256,
         packing=False,  # rows of a micro batch are laid end to end all the same
         too_long="stop",
-    )
+    ).model_copy(update=of_data or {})
     facts = prepare(model, data, seed=3, cache_dir=root / "prepared")
     create_scratch(model, Path(facts.folder) / "tokenizer", 3, root / "base")
     return Plan(
@@ -87,55 +92,17 @@ def tiny_run(root: Path, balance: Literal["none", "weights"] = "none", **scratch
         location=str(root / "run"),
         version="0",
         recipe_hash="",
-        trajectory=Trajectory(
-            model=model,
-            method=FULL,
-            data=data,
+        trajectory=trajectory(
+            model,
+            data,
             data_content_hash=facts.content_hash,
             seed=24,  # one by which every batch of the first steps has rows of both kinds
-            dtype="fp32",
             global_batch_size=GLOBAL_BATCH,
-            optimizer=OptimizerPlan(
-                name="adamw", lr=2e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0
-            ),
+            optimizer=optimizer_plan(lr=2e-3, betas=(0.9, 0.99), weight_decay=0.1),
             schedule=SchedulePlan(kind="cosine", warmup=3, min_lr_ratio=0.1),
         ),
-        layout=LayoutPlan(
-            workers=1,
-            min_workers=1,
-            device="cpu",
-            cpus_per_worker=1,
-            zero=0,
-            offload=False,
-            micro_batch_size=GLOBAL_BATCH,
-            gradient_checkpointing=False,
-            attention="sdpa",
-            kernels="eager",
-        ),
-        lifecycle=Lifecycle(
-            epochs=None,
-            max_steps=STEPS,
-            total_steps=STEPS,
-            max_time_s=None,
-            eval_every_steps=STEPS,
-            eval_max_rows=None,
-            generate=None,
-            checkpoint_every_steps=STEPS,
-            checkpoint_within_s=None,
-            keep_last=2,
-            keep_best=0,
-            keep_every=None,
-            background_saves=True,
-            grace_s=25.0,
-            log_every_steps=1,
-            audit="off",
-            max_failures=0,
-            hang_timeout_s=None,
-            wait_s=600.0,
-            export=False,
-            merge=False,
-            max_shard_size="5GB",
-        ),
+        layout=layout_plan(micro_batch_size=GLOBAL_BATCH),
+        lifecycle=lifecycle(STEPS),
         data=facts,
         origins={},
     )

@@ -257,9 +257,9 @@ def failing(run_dir: Path) -> dict[str, str]:
             flip(next((run_dir / first.staging(second)).glob("*.safetensors")))
         dist.barrier()
         failed(DamagedCheckpoint, "damaged", lambda: load(first, engine, plan))
-        failed(CheckpointError, "none whole", lambda: load_newest(store, engine, plan))
+        failed(CheckpointError, "none whole", lambda: load_newest(store, lambda one: load(one, engine, plan)))
         assert save(store, 1, third, engine, {"n": 3}, plan) == first
-        assert load_newest(store, engine, plan) == (first, {"n": 3}, [])
+        assert load_newest(store, lambda one: load(one, engine, plan)) == (first, {"n": 3}, [])
 
         other = tiny_plan(run_dir, 3, seed=1)
         failed(CheckpointError, "trajectory", lambda: load(first, engine, other))

@@ -16,20 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from launcher.checkpoint.lease import begin
 from launcher.plan.batch import batch_layout
 from launcher.plan.deepspeed import deepspeed_config
-from launcher.plan.plan import (
-    DataFacts,
-    LayoutPlan,
-    Lifecycle,
-    MethodPlan,
-    OptimizerPlan,
-    Plan,
-    SchedulePlan,
-    Trajectory,
-)
+from launcher.plan.plan import DataFacts, Plan
 from launcher.store.folder import FolderStore
 from launcher.train.engine import build_engine, optimizer_step
 from tests.checkpoints import FIRST
-from tests.plans import data_plan, model_plan, source_plan
+from tests.plans import data_plan, layout_plan, lifecycle, model_plan, optimizer_plan, source_plan, trajectory
 
 GLOBAL_BATCH, TOKENS, VOCABULARY = 6, 12, 127  # six rows for 1, 2 or 3 ranks; odd sizes, so that partitions cut rows
 
@@ -50,55 +41,16 @@ def tiny_plan(
         location=str(run_dir),
         version="0",
         recipe_hash="",
-        trajectory=Trajectory(
-            model=model_plan(run_dir / "base", source="scratch", scratch={}),
-            method=MethodPlan(kind="full", rank=None, alpha=None, dropout=None, targets=None, train_last_layers=None),
-            data=data_plan(source, max_length=TOKENS, packing=False),
-            data_content_hash="",
+        trajectory=trajectory(
+            model_plan(run_dir / "base", source="scratch", scratch={}),
+            data_plan(source, max_length=TOKENS, packing=False),
             seed=seed,
             dtype=dtype,
             global_batch_size=global_batch_size,
-            optimizer=OptimizerPlan(
-                name="adamw", lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, max_grad_norm=1.0
-            ),
-            schedule=SchedulePlan(kind="constant", warmup=0.0, min_lr_ratio=1.0),
+            optimizer=optimizer_plan(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1),
         ),
-        layout=LayoutPlan(
-            workers=2,
-            min_workers=2,
-            device="cpu",
-            cpus_per_worker=1,
-            zero=zero,
-            offload=offload,
-            attention="sdpa",
-            kernels="eager",
-            micro_batch_size=global_batch_size,
-            gradient_checkpointing=False,
-        ),
-        lifecycle=Lifecycle(
-            epochs=None,
-            max_steps=8,
-            total_steps=8,
-            max_time_s=None,
-            eval_every_steps=100,
-            eval_max_rows=None,
-            generate=None,
-            checkpoint_every_steps=4,
-            checkpoint_within_s=None,
-            keep_last=2,
-            keep_best=0,
-            keep_every=None,
-            background_saves=True,
-            grace_s=25.0,
-            log_every_steps=1,
-            audit="off",
-            max_failures=0,
-            hang_timeout_s=None,
-            wait_s=600.0,
-            export=False,
-            merge=False,
-            max_shard_size="5GB",
-        ),
+        layout=layout_plan(workers=2, min_workers=2, zero=zero, offload=offload, micro_batch_size=global_batch_size),
+        lifecycle=lifecycle(8, eval_every_steps=100, checkpoint_every_steps=4),
         data=DataFacts(
             folder=str(run_dir / "data"),
             content_hash="",
@@ -112,6 +64,8 @@ def tiny_plan(
             dropped={},
             vocab_size=VOCABULARY,
             formats={},
+            classes=(),
+            retain_documents=0,
         ),
         origins={},
     )

@@ -13,11 +13,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROOMS = [
-    *("errors", "units", "recipe", "plan", "store", "data", "model", "checkpoint", "audit", "train", "export"),
-    *("driver", "cluster", "tune", "report", "bench", "cli", "job"),
+    *("errors", "units", "recipe", "plan", "store", "data", "model", "checkpoint", "audit", "evaluate"),
+    *("train", "export", "driver", "cluster", "tune", "report", "bench", "cli", "job"),
 ]
-FRONT = ("recipe", "plan", "store", "driver", "cluster", "cli")
-WORKER = ("store", "data", "model", "checkpoint", "audit", "train", "export")
+FRONT = ("recipe", "plan", "store", "driver", "cluster", "report", "cli")
+WORKER = ("store", "data", "model", "checkpoint", "audit", "evaluate", "train", "export")
 LATE = {"launcher.driver.network", "launcher.driver.ray_train"}
 """Subclass classes of Ray that need torch, so they are imported only inside functions."""
 BRINGS_TORCH = {"torch", "deepspeed", "transformers", "peft", "bitsandbytes", "accelerate", "launcher_kernels"}

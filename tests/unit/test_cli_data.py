@@ -18,8 +18,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from launcher.cli import render
 from launcher.cli.app import main
-from launcher.cli.data_html import MOST_TOKENS, page, write
-from launcher.cli.data_rows import Piece, Row, ShownDocument, Words, dropped_rows, rows
 from launcher.data.loader import EvalData, MicroBatch, TestRows, TrainData
 from launcher.data.prepare.findings import findings
 from launcher.data.prepare.report import (
@@ -35,6 +33,11 @@ from launcher.data.prepare.report import (
 from launcher.errors import UserError
 from launcher.plan.batch import BatchLayout
 from launcher.plan.plan import DataFacts
+from launcher.report.data_page import page
+from launcher.report.data_parts import MOST_TOKENS
+from launcher.report.data_rows import Piece, Row, ShownDocument, Words, dropped_rows, rows
+from launcher.report.markup import write
+from launcher.report.text import visible
 from tests.plans import data_plan
 
 RECIPE = """
@@ -308,7 +311,7 @@ def test_json_has_the_facts_the_report_and_the_findings(facts: DataFacts, capsys
         *("version", "key", "settings", "sources", "sets", "long", "dropped", "duplicates", "labels", "packs", "notes"),
         *("seconds", "tokens_per_s", "workers"),
     ]
-    assert keys["sets"] == ["train", "eval", "test"]
+    assert keys["sets"] == ["train", "eval", "test", "replay", "retain"]
     assert keys["long"] == ["conversations", "over", "longest", "histogram"]
     assert keys["duplicates"] == ["exact", "near", "overlap_with_held_out", "contaminated"]
     assert keys["packs"] == [
@@ -377,7 +380,7 @@ def test_the_page_holds_the_same_words_ids_and_numbers(facts: DataFacts, capsys:
     words = Words(Path(facts.folder))
     documents = stored(train_batches(facts.folder))
     assert found.ids == [document.ids for document in documents]
-    assert found.words == [render.visible(words.text(document.ids)) for document in documents]
+    assert found.words == [visible(words.text(document.ids)) for document in documents]
     assert found.learned == [
         [token for token, is_learned in zip(document.ids, document.learned, strict=True) if is_learned]
         for document in documents
@@ -399,7 +402,7 @@ def test_the_page_loads_and_runs_nothing(facts: DataFacts, capsys: pytest.Captur
     said(capsys, "--html", "odd.html", "--find", "spelled out", "--set", odd_set(facts))
     text = Path("odd.html").read_text(encoding="utf-8")
     found = Page(text)
-    assert render.visible(ASKED) in found.words[0], "as it was, tags and all"
+    assert visible(ASKED) in found.words[0], "as it was, tags and all"
     assert ANSWERED in found.words[0]
     assert not {tag for tag, _, _ in found.attributes} & {"script", "link", "img", "iframe", "object", "base"}
     assert not {name for _, name, _ in found.attributes} & {"src", "href", "style", "srcset", "action"}
@@ -421,15 +424,15 @@ def test_a_page_of_many_tokens_says_what_it_leaves_out(facts: DataFacts) -> None
 
 def test_a_page_is_written_whole_and_over_nothing_else(work: Path, tmp_path: Path, facts: DataFacts) -> None:
     target, text = tmp_path / "page.html", page("x", facts, None, [], "train", [], [])
-    write(target, text)
-    write(target, text)
+    write(target, text, "--html")
+    write(target, text, "--html")
     assert [entry.name for entry in tmp_path.iterdir()] == ["page.html"]
     assert target.read_text(encoding="utf-8") == text
     assert main(["data", "x.yaml", "--html", "x.yaml"]) == 2
     assert (work / "x.yaml").read_text() == RECIPE
     for path in (tmp_path, tmp_path / "none" / "page.html"):
         with pytest.raises(UserError, match="cannot write"):
-            write(path, text)
+            write(path, text, "--html")
     assert [entry.name for entry in tmp_path.iterdir()] == ["page.html"]
 
 

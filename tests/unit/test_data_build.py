@@ -228,7 +228,7 @@ def test_stratified_and_grouped_and_by_number(tmp_path: Path) -> None:
     assert not topics[Set.TRAIN] & topics[Set.EVAL] | topics[Set.TRAIN] & topics[Set.TEST]
     assert all(topics.values())
     counted = sets(eval=held_out(rows=17), test=held_out(rows=5))
-    assert [len(counted[kind]) for kind in Set] == [178, 17, 5]
+    assert [len(counted[kind]) for kind in (Set.TRAIN, Set.EVAL, Set.TEST)] == [178, 17, 5]
 
 
 def test_what_is_too_long(tmp_path: Path) -> None:

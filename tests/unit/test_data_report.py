@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from launcher.data.prepare.findings import findings
 from launcher.data.prepare.report import (
+    VERSION,
     Duplicates,
     Histogram,
     LabelReport,
@@ -183,7 +184,7 @@ def test_saved_and_loaded_are_equal(tmp_path: Path) -> None:
     assert Report.load(path) is None, "older data has none"
     report.save(path)
     assert Report.load(path) == report
-    path.write_text(path.read_text().replace('"version": 1', '"version": 0'))
+    path.write_text(path.read_text().replace(f'"version": {VERSION}', '"version": 0'))
     assert Report.load(path) is None, "another version's is not read"
     path.write_text('{"version": 1')
     with pytest.raises(DataError, match="is damaged") as error:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from launcher.errors import ModelError
 from launcher.model.adapters import apply_method, decoder_layers
 from launcher.plan.plan import MethodPlan
+from tests.plans import method_plan
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -32,11 +33,11 @@ def model(config: dict[str, Any], **changes: Any) -> Any:
 
 
 def freeze(layers: int) -> MethodPlan:
-    return MethodPlan(kind="freeze", rank=None, alpha=None, dropout=None, targets=None, train_last_layers=layers)
+    return method_plan("freeze", train_last_layers=layers)
 
 
 def lora(targets: Any = "all-linear", rank: int = 4) -> MethodPlan:
-    return MethodPlan(kind="lora", rank=rank, alpha=8.0, dropout=0.0, targets=targets, train_last_layers=None)
+    return method_plan("lora", rank=rank, alpha=8.0, targets=targets)
 
 
 def trained(network: nn.Module) -> set[str]:
@@ -69,7 +70,7 @@ def test_freeze_trains_the_last_layers_the_final_norm_and_an_untied_head(
 
 def test_full_trains_all() -> None:
     network = model(LLAMA)
-    full = MethodPlan(kind="full", rank=None, alpha=None, dropout=None, targets=None, train_last_layers=None)
+    full = method_plan("full")
     assert len(trained(apply_method(network, full, seed=0))) == len(list(network.parameters()))
 
 

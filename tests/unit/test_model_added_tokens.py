@@ -21,7 +21,7 @@ from launcher.model.scratch import scratch_config
 from launcher.model.token_rows import SPREAD, add_rows
 from launcher.plan.plan import MethodPlan, ModelPlan, Plan
 from tests.distributed.tiny import tiny_plan
-from tests.plans import model_plan
+from tests.plans import method_plan, model_plan
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -44,8 +44,8 @@ FAMILIES = {
     "gemma": GEMMA,
 }
 CPU = torch.device("cpu")
-LORA = MethodPlan(kind="lora", rank=4, alpha=8.0, dropout=0.0, targets="all-linear", train_last_layers=None)
-FREEZE = MethodPlan(kind="freeze", rank=None, alpha=None, dropout=None, targets=None, train_last_layers=1)
+LORA = method_plan("lora", rank=4, alpha=8.0)
+FREEZE = method_plan("freeze", train_last_layers=1)
 
 
 def model(config: dict[str, Any], **changes: Any) -> Any:
@@ -197,7 +197,7 @@ def test_logits_and_gradients_are_those_of_peft(family: str, monkeypatch: pytest
         return logits.detach(), {name: parameter.grad for name, parameter in trained(adapted).items()}
 
     logits, gradients = results()
-    monkeypatch.setattr("launcher.model.adapters.compute_rows_alone", lambda model: None)
+    monkeypatch.setattr("launcher.model.lora_adapters.compute_rows_alone", lambda model: None)
     expected, expected_gradients = results()
     assert torch.allclose(logits, expected, rtol=1e-12, atol=1e-12)
     assert gradients.keys() == expected_gradients.keys()

@@ -441,9 +441,9 @@ def test_an_adapter_on_the_head_leaves_it_as_it_is() -> None:
 
 def test_single_rows_of_the_head_leave_it_as_it_is() -> None:
     from launcher.model.adapters import apply_method
-    from launcher.plan.plan import MethodPlan
+    from tests.plans import method_plan
 
-    method = MethodPlan(kind="lora", rank=4, alpha=8.0, dropout=0.0, targets="all-linear", train_last_layers=None)
+    method = method_plan("lora", rank=4, alpha=8.0)
     for tied in (False, True):
         model, batch = apply_method(tiny_model("llama", tie_word_embeddings=tied), method, 0, [59, 60]), pack()
         before = step(model, batch)

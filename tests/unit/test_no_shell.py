@@ -23,7 +23,7 @@ UNSAFE = {
 }
 ALLOWED = {
     "driver/prepare.py": "pickle.loads",  # between our own process and our own workers
-    "data/user_function.py": "exec",  # the function that the user's recipe names, which is asked for
+    "data/user_code.py": "exec",  # the function that the user's recipe names, which is asked for
 }
 SHELL_WORDS = ("export ", "exec ", "$(", "&& ", "|| ", ">> ", "ray start", "ray stop", 'case "$')
 """An f-string with one of them in it is a shell line."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from launcher.driver.resume import existing_plan, rebased, resumed_plan
 from launcher.errors import ClusterError, DataError, RunFolderError
+from launcher.plan import earlier
 from launcher.plan.batch import batch_layout
 from launcher.plan.deepspeed import deepspeed_config
 from launcher.plan.facts import ClusterFacts, NodeFacts, this_machine
@@ -40,6 +42,8 @@ FACTS: dict[str, Any] = {
     "dropped": {},
     "vocab_size": 300,
     "formats": {},
+    "classes": (),
+    "retain_documents": 0,
 }
 
 
@@ -77,7 +81,7 @@ def test_every_auto_is_decided_and_says_why(here: Path, cluster: ClusterFacts) -
     autos = {key for key, value in leaves(load("x.yaml").recipe.model_dump()) if value == "auto"} - {
         *("data.train.0.format", "data.workers", "data.prepare_on"),
     }
-    assert len(autos) == 10
+    assert len(autos) == 11
     for key in autos | {"evaluate.every_steps", "checkpoint.every_steps"}:
         assert decided.origins[key].startswith("planner: "), key
         assert decided.origins[key].removeprefix("planner: "), key
@@ -242,6 +246,17 @@ def test_the_stage_follows_size_method_and_ranks(here: Path) -> None:
         assert layout(here, *overrides, cluster=cluster, parameters=parameters).zero == zero, overrides
 
 
+def test_betas_follow_the_optimizer_and_adafactor_stays_at_stage_0(here: Path) -> None:
+    for name, betas in (("adamw", (0.9, 0.999)), ("lion", (0.9, 0.99))):
+        found = plan(here, f"optimizer.name={name}")
+        assert found.trajectory.optimizer.betas == betas
+        assert found.origins["optimizer.betas"] == "planner: as the optimizer's paper has them"
+    assert plan(here, "optimizer.betas=[0.8, 0.9]").trajectory.optimizer.betas == (0.8, 0.9)
+    found = plan(here, "optimizer.name=adafactor", cluster=GPUS, parameters=10**10)
+    assert found.layout.zero == 0
+    assert found.origins["parallel.zero"] == "planner: adafactor keeps sums over the rows and columns of whole matrices"
+
+
 def test_the_micro_batch_is_never_larger_than_a_ranks_share_or_the_budget(here: Path) -> None:
     for length, batch, workers, micro in ((64, 32, 1, 32), (64, 32, 5, 7), (1024, 32, 1, 4), (100_000, 32, 1, 1)):
         overrides = (f"data.max_length={length}", f"train.global_batch_size={batch}", f"cluster.workers={workers}")
@@ -396,3 +411,30 @@ def test_a_resume_remembers_what_the_last_one_was_told(tmp_path: Path) -> None:
     fused = resumed_plan(run_dir, ["model.kernels=fused", "model.attention=triton"], this_machine())
     assert fused.layout == plan.layout.model_copy(update={"kernels": "fused", "attention": "triton"})
     assert resumed_plan(run_dir, ["model.kernels=auto"], this_machine()).layout == fused.layout
+
+
+def test_a_plan_of_an_earlier_version_keeps_its_hash(here: Path) -> None:
+    """What came since is at what it did without it, and counts in no hash."""
+    decided = plan(here)
+    values = decided.model_dump(mode="json")
+    for part, added in (*earlier.PARTS.items(), *((f"trajectory.{name}", a) for name, a in earlier.TRAJECTORY.items())):
+        section: Any = values
+        for name in filter(None, part.split(".")):
+            section = section[name]
+        for key in added:
+            del section[key]
+    old = json.dumps(values)
+    assert "classes" not in values["data"]
+    assert "momentum" not in values["trajectory"]["optimizer"]
+    found = Plan.model_validate_json(old)
+    assert found.trajectory == decided.trajectory
+    del values["trajectory"]["model"]["fingerprint"]
+    trajectory = values["trajectory"]
+    for source in trajectory["data"]["train"]:
+        del source["path"]
+    del trajectory["data"]["augment"]["function_file"]
+    trajectory["model"]["fingerprint"] = None
+    canonical = json.dumps(trajectory, sort_keys=True, separators=(",", ":"))
+    assert found.trajectory.hash() == hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    smoothed = found.trajectory.model_copy(update={"label_smoothing": 0.1})
+    assert smoothed.hash() != found.trajectory.hash()

@@ -51,6 +51,15 @@ def test_three_errors_at_once_in_the_order_of_the_file() -> None:
             "schedule: {foo: 1}",
             "schedule.foo: unknown key\n  hint: the keys of schedule are kind, warmup, min_lr_ratio",
         ),
+        (
+            "logging: {trackers: [wandb, wandb]}",
+            "logging.trackers: 'wandb' is given twice\n  hint: name each tracker once",
+        ),
+        (
+            "logging: {trackers: [tensorboard], project: mine}",
+            "logging.project: W&B's project and MLflow's experiment, and neither is in logging.trackers\n"
+            "  hint: add wandb or mlflow to logging.trackers, or leave it out",
+        ),
         ("zzz: 1", "zzz: unknown key\n  hint: `slipway recipes schema` lists every key"),
         (
             "train: {seed: '3'}",

@@ -12,6 +12,7 @@ from launcher.driver.resume import (
     continued,
     existing_plan,
     has_finished,
+    may_change,
     refuse_other_recipe,
     resumed_plan,
     run_to_resume,
@@ -101,6 +102,29 @@ def test_a_longer_recipe_makes_a_finished_run_unfinished() -> None:
     assert has_finished(plan, load("x.yaml", ["train.max_steps=4"]))
     assert not has_finished(plan, load("x.yaml", ["train.max_steps=9"]))
     assert not has_finished(begun("other"), load("x.yaml"))
+
+
+def test_a_run_that_stopped_early_goes_on_once_its_guards_are_otherwise() -> None:
+    guards = ["data.eval.split=0.1", "evaluate.early_stopping.patience=2"]
+    plan = begun("runs/mine", *guards, end="stopped_early")
+    assert found(*guards) is None
+    assert has_finished(plan, load("x.yaml", guards))
+    assert has_finished(plan, load("x.yaml", [*guards, "train.max_steps=9"]))
+    assert not has_finished(plan, load("x.yaml", [guards[0], "evaluate.early_stopping.patience=3"]))
+    assert not has_finished(plan, load("x.yaml", guards[:1]))
+    refuse_other_recipe(plan, load("x.yaml", [*guards, "guard.spikes=skip", "evaluate.early_stopping.patience=3"]))
+    retain = "evaluate.retain={sources: [{path: rows.jsonl}], limit: 0.5}"
+    refused = refusal(plan, load("x.yaml", [*guards, retain]))
+    assert "evaluate.retain.sources.0.path" in {problem.key for problem in refused.problems}
+    assert may_change("evaluate.retain.limit")
+
+
+def test_a_run_that_stopped_early_is_said_to_have(capsys: pytest.CaptureFixture[str]) -> None:
+    guards = ["data.eval.split=0.1", "evaluate.early_stopping.patience=2", "export.enabled=false"]
+    plan = begun("mine", *guards)
+    Verdict("stopped_early", 8, "stopped early at step 8: loss was best").save(Path(plan.run_dir))
+    assert main(["run", "x.yaml", *guards, "--run-dir", "mine", "--resume", "auto"]) == 0
+    assert capsys.readouterr().err == "note: mine has stopped early at step 8: loss was best\n"
 
 
 def refusal(plan: Plan, loaded: LoadedRecipe) -> RecipeError:

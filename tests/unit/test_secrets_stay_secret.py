@@ -221,7 +221,7 @@ def test_a_ray_job_holds_no_secret_and_runs_nobodys_words(word: str, recipe: Loa
 
 def test_what_is_kept_of_the_environment_holds_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["slipway", "run", "recipe.yaml"])
-    assert is_clean(json.dumps(environment()))
+    assert is_clean(json.dumps(environment(Path.cwd())))
 
 
 def test_the_token_is_the_users_alone_from_its_first_byte_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -250,10 +251,12 @@ def evaluate_and_stop(prepared: Path, run_dir: Path) -> dict[str, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from launcher.data.loader import EvalData, TestRows
-    from launcher.plan.plan import GeneratePlan
-    from launcher.train.evaluate import evaluate_loss, exact_match
+    from launcher.evaluate.generate import generate_answers
+    from launcher.train.agreement import agreed
+    from launcher.train.evaluate import evaluate_loss
     from launcher.train.loss import SupervisedLoss
     from launcher.train.probe import read_probe, write_probe
+    from tests.plans import generate_plan
 
     class Counted(SupervisedLoss):
         calls = 0
@@ -282,14 +285,20 @@ def evaluate_and_stop(prepared: Path, run_dir: Path) -> dict[str, Any]:
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(32)}, unk_token="w0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     data, rows = EvalData(prepared), TestRows(prepared)
-    settings = GeneratePlan(rows=NUM_TEST, max_new_tokens=3, batch_size=1)
+    settings = generate_plan(rows=NUM_TEST, max_new_tokens=3, batch_size=1)
 
     def loss(asked: Asked) -> tuple[Any, int, bool]:
         counted = Counted(engine, model, False, device)
         return evaluate_loss(engine, counted, data, 1, device, asked), counted.calls, engine.training
 
-    def answers(asked: Asked, name: str) -> float | None:
-        return exact_match(engine, rows, tokenizer, 31, settings, 0, device, run_dir / name, asked)
+    def answers(asked: Asked) -> int | None:
+        prompts = [row.prompt_ids for row in rows]
+        ends = mock.patch("launcher.evaluate.generate.end_tokens", return_value=[31])
+        with ends:
+            found = generate_answers(
+                model, prompts, tokenizer, settings, 0, device, interrupted=lambda: agreed(asked(), device)
+            )
+        return len(found) if found is not None else None
 
     def probe(folder: Path) -> int | None:
         whole = SupervisedLoss(engine, model, False, device)
@@ -304,9 +313,9 @@ def evaluate_and_stop(prepared: Path, run_dir: Path) -> dict[str, Any]:
         "rank 1, third question": loss(Asked(1, 2)),
         "at once": loss(Asked(0, 0)),
         "after the last question": loss(Asked(1, 3)),
-        "answered": answers(Asked(0, 10**6), "whole.jsonl"),
-        "answers stopped": answers(Asked(1, 2), "stopped.jsonl"),
-        "no disk for answers": answers(Asked(1, 5), "gone/answers.jsonl"),
+        "answered": answers(Asked(0, 10**6)),
+        "answers stopped": answers(Asked(1, 2)),
+        "answers stopped after the last": answers(Asked(1, 5)),
         "probe": probe(run_dir),
         "no disk for the probe": probe(run_dir / "gone"),
     }
@@ -324,9 +333,8 @@ def test_ranks_leave_an_evaluation_at_the_same_batch_and_report_no_part_of_it(pr
     assert found[0]["rank 1, third question"] == (None, 16, True)
     assert found[0]["at once"] == (None, 0, True)
     assert found[0]["after the last question"] == found[0]["whole"]
-    assert found[0]["answered"] == 0.0
+    assert found[0]["answered"] == NUM_TEST
     assert found[0]["answers stopped"] is None
-    assert found[0]["no disk for answers"] == 0.0
-    assert len((tmp_path / "whole.jsonl").read_text().splitlines()) == NUM_TEST
+    assert found[0]["answers stopped after the last"] == NUM_TEST
     assert (found[0]["probe"], found[0]["no disk for the probe"]) == (3 * 32, None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["probe-00000004.safetensors", "whole.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["probe-00000004.safetensors"]

@@ -18,11 +18,14 @@ from launcher.data.prepare import report as reports
 from launcher.data.prepare.balance import Balance, balance
 from launcher.data.prepare.decide import DUPLICATE, NEAR_DUPLICATE, Decisions
 from launcher.data.prepare.encode import TOO_LONG
+from launcher.data.prepare.replay import replayed
+from launcher.data.prepare.roles import Role, roles
 from launcher.data.prepare.rows import Rows
 from launcher.data.prepare.staging import Staging
-from launcher.data.store import Documents, Set, read_lists, read_weights, write_classes, write_lists
+from launcher.data.slices import check_slices
+from launcher.data.store import Documents, Set, read_lists, read_weights, write_classes, write_lists, write_slices
 from launcher.errors import DataError
-from launcher.plan.plan import DataFacts, HeldOutPlan
+from launcher.plan.plan import DataFacts
 
 _SHOWN = ("where", "reason", "detail", "text")
 
@@ -38,23 +41,33 @@ class Assembly:
         numbers = np.arange(len(documents), dtype=np.int32)
         training = documents.sets == Set.TRAIN
         self._train: NDArray[np.int32] = np.repeat(numbers[training], documents.copies[training])
+        share = self._data.replay.share if self._data.replay else 0.0
+        self._replayed = replayed(documents, numbers[documents.sets == Set.REPLAY], len(self._train), share)
+        self._learned = np.concatenate([self._train, self._replayed])
         self._held_out = numbers[documents.sets == Set.EVAL]
+        self._retain = numbers[documents.sets == Set.RETAIN]
 
     def pack(self) -> None:
-        """Write packs.arrow, eval.arrow, classes.json, test.jsonl and dropped.jsonl.
+        """Write packs.arrow, eval.arrow, retain.arrow, slices.json, classes.json, test.jsonl and dropped.jsonl.
 
         Raises DataError where a set has no row.
         """
         num_tests = sum(len(part["tests"]) for part in self._parts)
-        self._require(len(self._train), "training", None)
-        self._require(len(self._held_out), "evaluation", self._data.eval)
-        self._require(num_tests, "test", self._data.test)
-        train, packing = self._train, self._data.packing
-        lengths = self._documents.lengths[train]
-        packs = [train[p] for p in best_fit(lengths, self._data.max_length)] if packing else list(train[:, None])
+        data, learned = self._data, self._learned
+        self._require(len(self._train), "training", True, ("train",))
+        self._require(len(self._replayed), "replay", bool(data.replay), ("replay",))
+        self._require(len(self._held_out), "evaluation", bool(data.eval.sources or data.eval.rows))
+        self._require(num_tests, "test", bool(data.test.sources or data.test.rows))
+        self._require(len(self._retain), "retain", bool(data.retain), ("retain",))
+        lengths = self._documents.lengths[learned]
+        packs = [learned[p] for p in best_fit(lengths, data.max_length)] if data.packing else list(learned[:, None])
         write_lists(self._folder / "packs.arrow", packs)
-        write_classes(self._folder, self._decisions.classes, self._class_weights())
+        predicted = self._data.head is not None
+        write_classes(self._folder, self._decisions.classes, self._class_weights(), predicted)
         write_lists(self._folder / "eval.arrow", [self._held_out] if len(self._held_out) else [])
+        write_lists(self._folder / "retain.arrow", [self._retain] if len(self._retain) else [])
+        if self._data.slices:
+            write_slices(self._folder, self._slices())
         with (self._folder / "test.jsonl").open("w", encoding="utf-8") as stream:
             for part in self._parts:
                 stream.writelines(json.dumps(test, ensure_ascii=False) + "\n" for test in part["tests"])
@@ -63,11 +76,19 @@ class Assembly:
             for line in self._dropped:
                 stream.write(json.dumps({name: line[name] for name in _SHOWN}, ensure_ascii=False) + "\n")
 
+    def _slices(self) -> dict[str, list[str]]:
+        """{column: value of each document that is held out for evaluation}. Raises DataError for a useless column."""
+        columns, found = self._data.slices, [row for part in self._parts for row in part["slices"]]
+        check_slices(columns, found + [test["slices"] for part in self._parts for test in part["tests"]])
+        return {column: [row[column] for row in found] for column in columns}
+
     def facts(self, target: Path, vocab_size: int) -> DataFacts:
         """The facts of what will be `target`."""
-        documents, train, held_out = self._documents, self._train, self._held_out
+        documents, learned, held_out = self._documents, self._learned, self._held_out
         packs = read_lists(self._folder / "packs.arrow")
-        content = hashlib.sha256(" ".join(part["digest"] for part in self._parts).encode())
+        # What is only measured on decides no number: a run may begin with other rows to be retained.
+        digests = [part["digest"] for part, role in zip(self._parts, self._roles, strict=True) if role != "retain"]
+        content = hashlib.sha256(" ".join(digests).encode())
         content.update(read_weights(self._folder).tobytes())
         for index in range(len(packs)):
             content.update(np.array([len(packs[index]), *packs[index]], dtype="<i4").tobytes())
@@ -75,15 +96,17 @@ class Assembly:
             folder=str(target),
             content_hash=content.hexdigest()[:16],
             train_rows=len(packs),
-            train_documents=len(train),
-            train_tokens=int(documents.lengths[train].sum()),
-            train_supervised_tokens=int(documents.num_targets[train].sum()),
+            train_documents=len(learned),
+            train_tokens=int(documents.lengths[learned].sum()),
+            train_supervised_tokens=int(documents.num_targets[learned].sum()),
             eval_documents=len(held_out),
             eval_supervised_tokens=int(documents.num_targets[held_out].sum()),
             test_documents=sum(len(part["tests"]) for part in self._parts),
             dropped=dict(sorted(Counter(line["reason"] for line in self._left_out(range(len(self._parts)))).items())),
             vocab_size=vocab_size,
             formats={s.path: format for s, format in zip(self._data.sources, self._rows.formats, strict=True)},
+            classes=self._decisions.classes if self._data.head is not None else (),
+            retain_documents=len(self._retain),
         )
 
     def report(
@@ -105,6 +128,8 @@ class Assembly:
             train=described(train),
             held_out=described(held_out),
             test=reports.describe_set(prompts, None, None, data.max_length),
+            replay=described(self._replayed) if data.replay else None,
+            retain=described(self._retain) if data.retain else None,
             long=reports.describe_long(
                 [length for part in self._parts for length in part["over"]],
                 sum(part["num_training"] for part in self._parts),
@@ -119,6 +144,12 @@ class Assembly:
             seconds=seconds,
             workers=workers,
         )
+
+    @property
+    def _roles(self) -> list[Role]:
+        """[pieces] what the rows of each are for."""
+        found = roles(self._data)
+        return [found[source] for source in self._sources]
 
     @property
     def _classes(self) -> NDArray[np.int32]:
@@ -159,23 +190,29 @@ class Assembly:
     def _source_reports(self) -> list[reports.SourceReport]:
         data, found = self._data, []
         sizes = np.diff(self._decisions.starts)
-        for index, (source, format) in enumerate(zip(data.sources, self._rows.formats, strict=True)):
-            held_out = index - len(data.train)
-            role = "train" if held_out < 0 else "eval" if held_out < len(data.eval.sources) else "test"
+        described = zip(data.sources, roles(data), self._rows.formats, strict=True)
+        for index, (source, role, format) in enumerate(described):
             mine = {number for number, of in enumerate(self._sources) if of == index}
             dropped = [line for line in self._dropped if line["piece"] in mine and not line.get("partly")]
             num_rows = int(sum(sizes[number] for number in mine))
+            used = num_rows - len({(line["piece"], line["row"]) for line in dropped})
             found.append(
                 reports.SourceReport(
                     path=source.path,
                     role=role,
                     format=format,
                     rows=num_rows,
-                    used=num_rows - len({(line["piece"], line["row"]) for line in dropped}),
+                    used=used if role != "replay" else self._drawn_of(mine),
                     dropped=dict(Counter(line["reason"] for line in dropped)),
                 )
             )
         return found
+
+    def _drawn_of(self, pieces: set[int]) -> int:
+        """How many rows of these pieces are replayed at all."""
+        of_piece = np.repeat(np.arange(len(self._parts)), [part["num_documents"] for part in self._parts])
+        drawn = [number for number in set(self._replayed.tolist()) if of_piece[number] in pieces]
+        return len({self._documents.where(number) for number in drawn})
 
     def _label_reports(self) -> dict[str, reports.LabelReport]:
         decisions = self._decisions
@@ -196,13 +233,11 @@ class Assembly:
         notes["partly_left_out"] += sum(bool(line.get("partly")) for line in self._dropped)
         return notes
 
-    def _require(self, count: int, kind: str, asked_for: HeldOutPlan | None) -> None:
-        """Raise DataError where a set is empty that should not be."""
-        if count or (asked_for is not None and not asked_for.sources and not asked_for.rows):
+    def _require(self, count: int, kind: str, asked_for: bool, roles: tuple[Role, ...] = ()) -> None:
+        """Raise DataError where a set is empty that should not be; its rows come from sources of `roles`, or any."""
+        if count or not asked_for:
             return
-        training = len(self._data.train)
-        pieces = [n for n, source in enumerate(self._sources) if source < training or kind != "training"]
-        dropped = self._left_out(pieces)
+        dropped = self._left_out(n for n, role in enumerate(self._roles) if not roles or role in roles)
         if not dropped:
             raise DataError(f"no {kind} row is left", hint="every row went to another set: hold out fewer")
         reasons = Counter(line["reason"] for line in dropped)

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from launcher.data.classified import for_texts, text_of
 from launcher.data.clean import contamination
 from launcher.data.conversation import Conversation
 from launcher.data.prepare.assemble import Assembly
@@ -28,8 +29,10 @@ from launcher.data.prepare.work import Progress, Spread, processes
 from launcher.data.sources import Piece, pieces
 from launcher.data.store import Set
 from launcher.data.tokenizer import (
+    is_encoder,
     is_trained,
     load_tokenizer,
+    own_tokenizer,
     train_tokenizer,
     trained_vocab_size,
     training_text,
@@ -125,13 +128,16 @@ class Build:
     def _tokenizer(self, decisions: Decisions) -> Path:
         if self._staging.tokenizer.is_dir():
             return self._staging.tokenizer
-        if is_trained(self._model):
-            trained = train_tokenizer(self._training_texts(decisions), trained_vocab_size(self._model))
-            tokenizer = with_template(
-                trained, self._model.chat_template, self._model.template_kwargs, self._model.add_tokens
-            )
+        model, classifies = self._model, self._data.head is not None
+        if is_trained(model):
+            encoder = classifies and is_encoder(str((model.scratch or {})["model_type"]))
+            trained = train_tokenizer(self._training_texts(decisions), trained_vocab_size(model), encoder)
+        if classifies:
+            tokenizer = for_texts(trained if is_trained(model) else own_tokenizer(model), self._data)
+        elif is_trained(model):
+            tokenizer = with_template(trained, model.chat_template, model.template_kwargs, model.add_tokens)
         else:
-            tokenizer = load_tokenizer(self._model)
+            tokenizer = load_tokenizer(model)
         return self._staging.keep_tokenizer(tokenizer)
 
     def _training_texts(self, decisions: Decisions) -> Iterator[str]:
@@ -139,8 +145,8 @@ class Build:
         for number, piece in enumerate(self._pieces):
             sets, _, _ = decisions.of_piece(number)
             for index, (_, item) in enumerate(self._rows(piece)):
-                if sets[index] == Set.TRAIN and isinstance(item, Conversation):
-                    yield training_text(item)
+                if sets[index] in (Set.TRAIN, Set.REPLAY) and isinstance(item, Conversation):
+                    yield training_text(item) if self._data.head is None else text_of(item)
             self._say("train the tokenizer", decisions.starts[number + 1], decisions.starts[-1])
 
     def _encode(self, decisions: Decisions, tokenizer_folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Data once tokenized and packed, kept under a key of everything that decided it.
 
     <key>/documents/*.arrow  packs.arrow  eval.arrow  classes.json   see store.py
-          test.jsonl       {where, prompt_text, prompt_ids, answer}
+          test.jsonl       {where, prompt_text, prompt_ids, answer, slices}
           dropped.jsonl    {where, reason, detail, text}: every row that was left out
           report.json      what the data is like, see report.py
           tokenizer/       with the chat template in effect
@@ -120,7 +120,7 @@ def _key(model: ModelPlan, data: DataPlan, seed: int) -> tuple[str, int]:
         "files": [found.digest for found in prints],
         "data": data.model_dump(mode="json"),
         "augmentation": _file_hash(data.augment.function_file),
-        "tokenizer": _tokenizer_identity(model),
+        "tokenizer": _tokenizer_identity(model, data),
         "add_tokens": model.add_tokens,
         "chat_template": model.chat_template,
         "template_kwargs": model.template_kwargs,
@@ -130,9 +130,10 @@ def _key(model: ModelPlan, data: DataPlan, seed: int) -> tuple[str, int]:
     return key, sum(found.num_bytes or 0 for found in prints)
 
 
-def _tokenizer_identity(model: ModelPlan) -> list[str | int | None]:
-    if is_trained(model):
-        return ["trained", trained_vocab_size(model)]
+def _tokenizer_identity(model: ModelPlan, data: DataPlan) -> list[str | int | None]:
+    if is_trained(model):  # that of an encoder puts control tokens around a text
+        kind = None if data.head is None else str((model.scratch or {})["model_type"])
+        return ["trained", trained_vocab_size(model), kind]
     name, revision = tokenizer_name(model)
     folder = Path(name)
     if not folder.is_dir():

@@ -2,7 +2,8 @@
 
 Pure: a function of the scans alone, the same however many processes made them. The training sources' rows go through
 these in order: repeats an earlier row (duplicate), held out (split), asks what a held-out row asks (overlap), nearly
-repeats a held-out or an earlier row (near duplicate), the sources' weights, balance.
+repeats a held-out or an earlier row (near duplicate), the sources' weights, balance. Rows to replay are cleaned in the
+same way, and are neither held out nor balanced.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from launcher.data.classified import class_names
 from launcher.data.clean.near import first_wins
 from launcher.data.prepare.balance import balance, source_copies
+from launcher.data.prepare.replay import candidates
+from launcher.data.prepare.roles import SETS, roles
 from launcher.data.prepare.scan import CONTAMINATED
-from launcher.data.prepare.split import Digests, as_digests, group_digests, split
+from launcher.data.prepare.split import Digests, as_digests, draws, group_digests, split
 from launcher.data.store import Set
 from launcher.errors import DataError
 from launcher.plan.plan import DataPlan
@@ -71,10 +75,7 @@ class _Deciding:
         self.table = pa.concat_tables(scans)
         self.source = np.repeat(np.array(sources, dtype=np.int64), sizes)
         self.digests = self._digests("digest")
-        self.sets = np.full(len(self.source), int(Set.TRAIN), dtype=np.int8)
-        first_test = len(data.train) + len(data.eval.sources)
-        self.sets[self.source >= len(data.train)] = Set.EVAL
-        self.sets[self.source >= first_test] = Set.TEST
+        self.sets = np.array([SETS[role] for role in roles(data)], dtype=np.int8)[self.source]
         self.sets[self.table["reason"].is_valid().to_numpy()] = LEFT_OUT
         self.dropped: dict[int, tuple[str, str]] = {}
         reasons = Counter(self.table["reason"].drop_null().to_pylist())
@@ -87,6 +88,10 @@ class _Deciding:
         encoded = self.table["label"].combine_chunks().dictionary_encode()
         self.classes = tuple(str(name) for name in encoded.dictionary.to_pylist())
         self.labels = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32)
+        if data.head is not None:
+            names = class_names(self.classes, data)
+            numbers = np.array([*(names.index(name) for name in self.classes), -1], dtype=np.int32)
+            self.classes, self.labels = names, numbers[self.labels]
 
     def run(self) -> Decisions:
         self._duplicates()
@@ -103,6 +108,7 @@ class _Deciding:
         balanced, _ = balance(self.data.balance, self.labels, before, self.digests)
         self._leave_out((before > 0) & (balanced == 0), UNDERSAMPLED, "its class has more rows than the smallest")
         copies = np.where(self.sets == Set.TRAIN, balanced, 1).astype(np.int32)
+        self._replay(int(balanced.sum()))
         return Decisions(
             starts=self.starts,
             sets=self.sets,
@@ -115,7 +121,7 @@ class _Deciding:
         )
 
     def _duplicates(self) -> None:
-        rows = np.flatnonzero(self.sets == Set.TRAIN)
+        rows = np.flatnonzero(self._learned)
         earlier = _first_of_equals(self._digests("learned")[rows])
         again = earlier != np.arange(len(rows))
         self.repeats["exact"] = int(again.sum())
@@ -140,8 +146,7 @@ class _Deciding:
 
     def _overlap(self) -> None:
         asked = self._digests("asked")
-        held_out = np.flatnonzero(self.sets > Set.TRAIN)
-        rows = np.flatnonzero(self.sets == Set.TRAIN)
+        held_out, rows = np.flatnonzero(self._held_out), np.flatnonzero(self._learned)
         # One list, held-out rows first: a training row overlaps where the first of its equals is one of them.
         order = np.concatenate([held_out, rows])
         first = _first_of_equals(asked[order])[len(held_out) :]
@@ -162,11 +167,26 @@ class _Deciding:
         if threshold is None:
             return
         signatures = np.concatenate([_fixed(chunk, np.dtype("<u4")) for chunk in self.table["near"].chunks])
-        earlier = first_wins(signatures, threshold, alive=self.sets >= 0, held_out=self.sets > Set.TRAIN)
-        found = np.flatnonzero((earlier >= 0) & (self.sets == Set.TRAIN)).tolist()
+        earlier = first_wins(signatures, threshold, alive=self.sets >= 0, held_out=self._held_out)
+        found = np.flatnonzero((earlier >= 0) & self._learned).tolist()
         self.repeats["near"] = len(found)
         for row in found:
             self._drop(row, NEAR_DUPLICATE, f"nearly the words of {self._where(int(earlier[row]))}")
+
+    def _replay(self, num_training: int) -> None:
+        """Leave out what is far from being drawn, without a word on each."""
+        if self.data.replay is not None:
+            rows = np.flatnonzero(self.sets == Set.REPLAY)
+            drawn = candidates(draws(self.digests[rows]), num_training, self.data.replay.share)
+            self.sets[rows[~drawn]] = LEFT_OUT
+
+    @property
+    def _learned(self) -> NDArray[np.bool_]:
+        return (self.sets == Set.TRAIN) | (self.sets == Set.REPLAY)
+
+    @property
+    def _held_out(self) -> NDArray[np.bool_]:
+        return (self.sets >= 0) & ~self._learned
 
     def _leave_out(self, rows: NDArray[np.bool_], reason: str, detail: str) -> None:
         for row in np.flatnonzero(rows).tolist():

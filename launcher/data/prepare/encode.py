@@ -15,6 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from launcher.data.augment import Augment
+from launcher.data.classified import TextEncoder
 from launcher.data.conversation import Conversation
 from launcher.data.masks import Document, Encoder, without_end_markers
 from launcher.data.prepare.rows import Rows
@@ -52,7 +53,9 @@ class Part:
     """{row, where, reason, detail, text, num_tokens, partly}: `row` counts the piece's conversations; `partly` where
     other documents of the row stay."""
     tests: list[dict[str, Any]] = field(default_factory=list)
-    """{where, prompt_text, prompt_ids, answer}."""
+    """{where, prompt_text, prompt_ids, answer, slices}."""
+    slices: list[dict[str, str]] = field(default_factory=list)
+    """{column: value} of each document that is held out for evaluation, where there are such columns."""
     notes: Counter[str] = field(default_factory=Counter)
     over: list[int] = field(default_factory=list)
     """Tokens of each training conversation of more than `max_length`."""
@@ -78,7 +81,7 @@ class Encode:
         self._mend = mending(rows.data.clean)
         self._files = {path.name: path.read_bytes() for path in sorted(tokenizer_folder.iterdir()) if path.is_file()}
         self._tokenizer: Any = None
-        self._encoder: Encoder | None = None
+        self._encoder: Encoder | TextEncoder | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_encoder": None, "_tokenizer": None}
@@ -88,17 +91,22 @@ class Encode:
         self._ready()
         return len(self._tokenizer)
 
-    def _ready(self) -> Encoder:
+    def _ready(self) -> Encoder | TextEncoder:
         if self._encoder is None:
             self._tokenizer = _tokenizer(self._files)
-            data = self._rows.data
-            self._encoder = Encoder(
-                self._tokenizer,
-                data.supervise,
-                special_tokens=data.special_tokens,
-                system_turns=data.system_turns,
-            )
+            self._encoder = self._made()
         return self._encoder
+
+    def _made(self) -> Encoder | TextEncoder:
+        data = self._rows.data
+        if data.head is not None:
+            return TextEncoder(self._tokenizer)
+        return Encoder(
+            self._tokenizer,
+            data.supervise,
+            special_tokens=data.special_tokens,
+            system_turns=data.system_turns,
+        )
 
     def __call__(self, job: Job) -> Part:
         """Tokenize a piece. Raises DataError where the recipe says `stop`."""
@@ -142,6 +150,8 @@ class Encode:
         if not kept:
             return []
         used.update(row.number for row, _ in kept)
+        if self._rows.data.slices:
+            part.slices += [dict(row.conversation.slices) for row, _ in kept if row.set is Set.EVAL]
         documents = [document for _, document in kept]
         columns = [
             as_lists([document.input_ids for document in documents]),
@@ -174,10 +184,10 @@ class Encode:
         data, clean = self._rows.data, self._rows.data.clean
         num_tokens, limit = len(document.input_ids), data.max_length
         where = row.conversation.where
-        if row.set is Set.TRAIN:
+        if row.set.learned:
             part.num_training += 1
             part.over += [num_tokens] * (num_tokens > limit)
-        if row.set is Set.TRAIN and clean.min_tokens is not None and num_tokens < clean.min_tokens:
+        if row.set.learned and clean.min_tokens is not None and num_tokens < clean.min_tokens:
             _drop(part, row, "too short", f"{num_tokens} tokens, and data.clean.min_tokens is {clean.min_tokens}")
             return []
         pieces = [document]
@@ -206,6 +216,7 @@ class Encode:
 
     def _test(self, row: _Row, part: Part) -> None:
         encoder = self._ready()
+        assert isinstance(encoder, Encoder), "a sequence classification has no test rows"
         try:
             text, ids = encoder.prompt(row.conversation)
         except DataError as error:
@@ -219,7 +230,8 @@ class Encode:
                 raise DataError(f"{where}: {message}", hint="raise data.max_length, or leave the row out")
             _drop(part, row, TOO_LONG, message, len(ids))
             return
-        part.tests.append({"where": where, "prompt_text": text, "prompt_ids": ids, "answer": answer})
+        said = {"where": where, "prompt_text": text, "prompt_ids": ids, "answer": answer}
+        part.tests.append(said | {"slices": dict(row.conversation.slices)})
 
     def _bad(self, row: _Row, error: DataError, part: Part) -> None:
         if self._rows.data.on_bad_row == "stop":

@@ -119,7 +119,7 @@ def _lengths(report: Report) -> Iterator[str]:
             f"{_percent(long.over, long.conversations)} of the training conversations are longer than data.max_length "
             f"{limit:,} and are {cut}: {_raise(report)}"
         )
-    if train.documents and train.supervised_share < SUPERVISED_SHARE:
+    if train.documents and train.supervised_share < SUPERVISED_SHARE and not report.settings.classifies:
         share = _percent(train.supervised_tokens, train.tokens)
         yield f"the supervised share is {share}: most of the compute goes to prompts, little is learned from a row"
     # Where much is cut, raising max_length for that mends the packing too.

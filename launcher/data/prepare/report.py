@@ -11,19 +11,17 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from launcher.data.prepare.roles import Role
 from launcher.errors import DataError
 from launcher.plan.plan import DataPlan, Part
 
-VERSION = 1
+VERSION = 2
 """Raised with every change of the models below; a report of another version is not read."""
-
-Role = Literal["train", "eval", "test"]
 
 _AT_ONCE = 1_000_000
 """Values sorted in one go, so that counting 10 million takes the memory of one."""
@@ -91,6 +89,10 @@ class Sets(Part):
     train: SetReport
     eval: SetReport
     test: SetReport
+    replay: SetReport | None = None
+    """What is trained on beside `train`, where the recipe has `data.replay`."""
+    retain: SetReport | None = None
+    """What shows forgetting, where the recipe has `evaluate.retain`."""
 
 
 class LongReport(Part):
@@ -174,12 +176,15 @@ class Settings(Part):
     overlap: str
     balance: str
     special_tokens: str
+    classifies: bool = False
+    """Whether the one target of a document is its class."""
 
     @classmethod
     def of(cls, data: DataPlan) -> Settings:
         """Those of a Plan."""
         own = {name: getattr(data, name) for name in ("max_length", "packing", "too_long", "balance", "special_tokens")}
-        return cls(duplicates=data.clean.duplicates, overlap=data.clean.overlap, **own)
+        own |= {"duplicates": data.clean.duplicates, "overlap": data.clean.overlap}
+        return cls(**own, classifies=data.head is not None)
 
 
 class Report(Part):
@@ -234,6 +239,8 @@ def build(
     train: SetReport,
     held_out: SetReport,
     test: SetReport,
+    replay: SetReport | None = None,
+    retain: SetReport | None = None,
     long: LongReport,
     packs: PackReport | None,
     duplicates: Duplicates,
@@ -246,12 +253,12 @@ def build(
     dropped: Counter[str] = Counter()
     for source in sources:
         dropped.update(source.dropped)
-    num_tokens = train.tokens + held_out.tokens + test.tokens
+    num_tokens = sum(part.tokens for part in (train, held_out, test, replay, retain) if part is not None)
     return Report(
         key=key,
         settings=Settings.of(data),
         sources=tuple(sources),
-        sets=Sets(train=train, eval=held_out, test=test),
+        sets=Sets(train=train, eval=held_out, test=test, replay=replay, retain=retain),
         long=long,
         dropped={reason: count for reason, count in dropped.most_common() if count},
         duplicates=duplicates,

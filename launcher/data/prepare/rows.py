@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from launcher.data.classified import classified
 from launcher.data.clean.words import exchange, question
 from launcher.data.conversation import Conversation
 from launcher.data.formats import Format, check_source, detect, renamed, to_conversations
+from launcher.data.slices import slices_of
 from launcher.data.sources import Piece, read, read_all
 from launcher.errors import DataError
 from launcher.plan.plan import DataPlan, SourcePlan
@@ -27,12 +29,19 @@ class Rows:
         source = self.data.sources[piece.source]
         # Held-out files need neither: they are not split, balanced or left out.
         keys = (self.data.label, self.data.group) if piece.source < len(self.data.train) else (None, None)
+        classifies = self.data.head is not None
+        if classifies:  # every row has a class
+            keys = self.data.label, keys[1]
         for where, row in read(source, piece):
             if isinstance(row, DataError):
                 yield where, row
                 continue
             try:
                 found = to_conversations(row, self.formats[piece.source], source, where, *keys)
+                found = [classified(one) for one in found] if classifies else found
+                if self.data.slices:
+                    slices = slices_of(row, self.data.slices, source, where)
+                    found = [replace(one, slices=slices) for one in found]
             except DataError as error:
                 yield where, error
                 continue

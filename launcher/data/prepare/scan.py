@@ -22,6 +22,7 @@ from launcher.data.clean.filters import Dropped, Filters
 from launcher.data.clean.near import NUM_VALUES, signatures
 from launcher.data.clean.words import exchange, question
 from launcher.data.conversation import Conversation
+from launcher.data.prepare.roles import roles
 from launcher.data.prepare.rows import Rows
 from launcher.data.sources import Piece
 from launcher.plan.plan import CleanPlan
@@ -47,7 +48,7 @@ class Scan:
 
         Raises DataError for the first bad row where the recipe says `stop`.
         """
-        training = piece.source < len(self._rows.data.train)
+        training = roles(self._rows.data)[piece.source] in ("train", "replay")
         lines: list[_Line] = []
         words: list[str] = []
         for where, item in self._rows(piece):

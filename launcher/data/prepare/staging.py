@@ -45,8 +45,10 @@ class Staging:
         _write_table(self._documents(number), part.documents)
         summary = {
             "digest": digest(part.documents),
+            "num_documents": int(part.documents.num_rows),
             "dropped": part.dropped,
             "tests": part.tests,
+            "slices": part.slices,
             "notes": dict(part.notes),
             "over": part.over,
             "num_training": part.num_training,
@@ -58,7 +60,7 @@ class Staging:
         return self._part(number).exists()
 
     def parts(self, count: int) -> Iterator[dict[str, Any]]:
-        """{digest, dropped, tests, notes, over, num_training} of all pieces in order."""
+        """{digest, num_documents, dropped, tests, slices, notes, over, num_training} of all pieces in order."""
         for number in range(count):
             yield json.loads(self._part(number).read_text(encoding="utf-8"))
 

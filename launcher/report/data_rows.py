@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from launcher.recipe.origin import shown
 
 if TYPE_CHECKING:
-    from launcher.data.loader import MicroBatch, TestRow
     from launcher.data.prepare.work import Progress
+    from launcher.data.store import Documents
 
 SetName = Literal["train", "eval", "test"]
 
@@ -42,6 +43,15 @@ class ShownDocument:
     spelled_out: tuple[str, ...] = ()
     """Texts of control tokens that stand in its messages, as text."""
     answer: str | None = None
+    label: str | None = None
+    """Of a sequence classification its class, which is all that is learned."""
+
+    @property
+    def figures(self) -> str:
+        """How long it is, and what of it is learned."""
+        learned = f"{self.num_learned:,} learned" if self.label is None else f"of class {self.label}"
+        spelled_out = f", spelled out in it: {' '.join(self.spelled_out)}" if self.spelled_out else ""
+        return f"{self.num_tokens:,} tokens, {learned}{spelled_out}"
 
     @property
     def num_tokens(self) -> int:
@@ -75,6 +85,7 @@ class Tokens:
     ids: list[int]
     learned: list[bool]
     answer: str | None = None
+    label: str | None = None
 
 
 class Words:
@@ -120,7 +131,7 @@ class Words:
         # A break where a control token stands, so that no text is put together across it.
         said = "".join("\n" if piece.control else piece.text for piece in pieces)
         spelled_out = tuple(text for text in sorted(self.controls.values(), key=len, reverse=True) if text in said)
-        return ShownDocument(place(document.where), pieces, spelled_out, document.answer)
+        return ShownDocument(place(document.where), pieces, spelled_out, document.answer, document.label)
 
     def _decode_within(self, ids: tuple[int, ...]) -> str:
         return self.text([*self._first, *ids]).removeprefix(self._first_text)
@@ -165,37 +176,36 @@ def place(where: str) -> str:
 
 def _documents(folder: Path, which: SetName, seed: int, limit: int | None) -> Iterator[tuple[int, int, list[Tokens]]]:
     """Number of the row, how many there are, and its documents."""
-    from launcher.data.loader import EvalData, TestRows, TrainData
-    from launcher.plan.batch import BatchLayout
+    # Not through launcher.data.loader, which makes tensors of them: importing torch takes longer than a whole page.
+    import numpy as np
+
+    from launcher.data.order import epoch_order
+    from launcher.data.store import Documents, read_lists
 
     if which == "test":
-        tests = TestRows(folder, limit)
+        with (folder / "test.jsonl").open(encoding="utf-8") as lines:
+            tests = [json.loads(line) for line in islice(lines, limit)]
         for number, row in enumerate(tests):
-            yield number, len(tests), [_prompt(row)]
-    elif which == "eval":
-        held_out = EvalData(folder, limit)
-        for number, batch in enumerate(held_out.micro_batches(1, 1, 0)):
-            yield number, held_out.num_documents, _of_batch(batch)
+            ids = row["prompt_ids"]
+            yield number, len(tests), [Tokens(row["where"], ids, [False] * len(ids), row["answer"])]
+        return
+    documents, packs = Documents(folder), read_lists(folder / ("eval.arrow" if which == "eval" else "packs.arrow"))
+    numbers: Iterable[Any]
+    if which == "eval":
+        held_out = packs[0][:limit] if len(packs) else np.empty(0, np.int32)
+        by_length = held_out[np.argsort(documents.lengths[held_out], kind="stable")]
+        total, numbers = len(held_out), ([number] for number in by_length)
     else:
-        train = TrainData(folder, 1, seed)
-        for step in range(train.num_rows):
-            (batch,) = train.micro_batches(step, BatchLayout(1, 1, 1), 0)
-            yield step, train.num_rows, _of_batch(batch)
+        total, numbers = len(packs), (packs[row] for row in epoch_order(len(packs), seed, 0))
+    for number, pack in enumerate(numbers):
+        yield number, total, [_stored(documents, int(document)) for document in pack]
 
 
-def _prompt(row: TestRow) -> Tokens:
-    return Tokens(row.where, row.prompt_ids, [False] * len(row.prompt_ids), row.answer)
-
-
-def _of_batch(batch: MicroBatch) -> list[Tokens]:
-    ids, bounds = batch.input_ids[0].tolist(), batch.cu_seqlens.tolist()
-    learned = [False] * len(ids)
-    for position in batch.supervised_index.tolist():
-        learned[position + 1] = True
-    return [
-        Tokens(where, ids[start:stop], learned[start:stop])
-        for where, start, stop in zip(batch.where, bounds, bounds[1:], strict=False)
-    ]
+def _stored(documents: Documents, number: int) -> Tokens:
+    learned = documents.supervised(number).astype(bool).tolist()
+    learned[0] = False  # nothing of its own document comes before a document's first token
+    label = documents.classes[documents.labels[number]] if documents.classes else None
+    return Tokens(documents.where(number), documents.input_ids(number).tolist(), learned, label=label)
 
 
 def _holds(document: Tokens, wanted: str, words: Words) -> bool:

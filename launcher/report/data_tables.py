@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from launcher.cli.data_rows import DroppedRow, place
+from launcher.report.data_rows import DroppedRow, place
 from launcher.units import format_seconds
 
 if TYPE_CHECKING:
     from launcher.data.prepare.report import Histogram, Report, SetReport
     from launcher.plan.plan import DataFacts
 
-SET_NAMES = {"train": "training", "eval": "held out", "test": "test"}
+SET_NAMES = {"train": "training", "replay": "replayed", "eval": "held out", "test": "test", "retain": "retained"}
 NOTES = {
     "augmented": "documents varied by data.augment",
     "benchmark_rows_passed_over": "rows of benchmarks that could not be read, and so are not looked for",
@@ -101,8 +101,8 @@ def charts(report: Report, coarse: bool = False) -> list[Chart]:
 def _sets(report: Report) -> Table:
     shown = {
         SET_NAMES[name]: part
-        for name in ("train", "eval", "test")
-        if (part := getattr(report.sets, name)).documents or name == "train"
+        for name in SET_NAMES
+        if (part := getattr(report.sets, name)) is not None and (part.documents or name == "train")
     }
     rows = [
         ("documents", *(f"{part.documents:,}" for part in shown.values())),
@@ -114,7 +114,7 @@ def _sets(report: Report) -> Table:
 
 
 def _lengths(report: Report) -> Table:
-    parts = [(SET_NAMES[name], getattr(report.sets, name)) for name in ("train", "eval", "test")]
+    parts = [(SET_NAMES[name], part) for name in SET_NAMES if (part := getattr(report.sets, name)) is not None]
     spreads = [(name, part.lengths) for name, part in parts]
     spreads += [(f"{name}, supervised", part.supervised) for name, part in parts]
     rows = tuple(

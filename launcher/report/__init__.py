@@ -1,0 +1,1 @@
+"""Pages that need nothing else, neither network nor server: of a run, and of its data."""
