@@ -66,6 +66,7 @@ def test_from_a_node_itself_no_hostfile_is_needed(cluster: Hosts) -> None:
     assert [(each["what"], each["state"]) for each in found] == [("host2", "ok"), ("host1", "ok")]
 
 
+@pytest.mark.long  # 39 s
 def test_a_host_that_is_down_and_one_whose_keeper_was_killed_are_wrong(cluster: Hosts) -> None:
     for process in keeper(cluster[2]):
         process.send_signal(signal.SIGKILL)

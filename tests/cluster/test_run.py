@@ -137,6 +137,7 @@ def write_model(folder: Path, code: str) -> None:
     (folder / "config.json").write_text(json.dumps(settings))
 
 
+@pytest.mark.long  # 70 s; tests/distributed/test_audit.py has it without Ray
 def test_a_model_that_mixes_packed_documents_up_is_stopped_by_the_audit_and_can_be_told_to_go_on(folder: Path) -> None:
     """Its own code forgets to hand on what keeps documents apart, as a user's modelling file might."""
     model, run_dir = folder / "leaks", folder / "audited"

@@ -134,7 +134,7 @@ def rows_partitioned() -> Iterator[None]:
     with (
         mock.patch.object(DeepSpeedZeRoOffload, "mark_persistent_parameters", mark_others),
         mock.patch("launcher.train.engine.deepspeed_config", released_at_once),
-        mock.patch("launcher.train.run.deepspeed_config", released_at_once),
+        mock.patch("launcher.train.network.deepspeed_config", released_at_once),
     ):
         yield
 
