@@ -25,7 +25,7 @@ from launcher.driver.resume import (
     run_recipe,
     run_to_resume,
 )
-from launcher.driver.shared_folder import check_shared
+from launcher.driver.shared_folder import shared_by_all
 from launcher.driver.signals import ends_on_signals, kept
 from launcher.driver.trainer import fit
 from launcher.errors import RunFailed, SlipwayError, UserError
@@ -120,10 +120,10 @@ def go_on(plan: Plan, address: str | None, make_plan: Callable[[Plan, ClusterFac
         def shared(cluster: ClusterFacts) -> Plan:
             resumed = make_plan(ready, cluster)
             startup.ended("plan")
-            check_shared(resumed)
+            with shared_by_all(resumed):
+                controller.start()
+                startup.ended("training imports")
             startup.ended("shared folder")
-            controller.start()
-            startup.ended("training imports")
             return resumed
 
         launch(lease, address, shared, hint=f"slipway resume {plan.location}")

@@ -33,7 +33,7 @@ def command(
     from launcher.cli.launch import go_on_by_itself, introduce_recipe, launch
     from launcher.cli.progress import preparing
     from launcher.driver import controller, remote, secrets
-    from launcher.driver.shared_folder import check_shared
+    from launcher.driver.shared_folder import shared_by_all
     from launcher.driver.signals import ends_on_signals
     from launcher.driver.start import (
         base_model_process,
@@ -72,10 +72,10 @@ def command(
             def make_plan(cluster: ClusterFacts) -> Plan:
                 plan = planned(decided, cluster)
                 startup.ended("plan")
-                check_shared(plan)
+                with shared_by_all(plan):
+                    controller.start()
+                    startup.ended("training imports")
                 startup.ended("shared folder")
-                controller.start()
-                startup.ended("training imports")
                 with render.err().status("making the model ready"):
                     notes, fingerprint = base_model.wait()
                 startup.ended("model ready")

@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ APPEAR_S = 5.0
 """A network disk may show a new file a moment late."""
 
 
-def check_shared(plan: Plan) -> None:
+@contextlib.contextmanager
+def shared_by_all(plan: Plan) -> Iterator[None]:
     """Let every node of the connected cluster that could get one of the run's workers look for a file in its folder.
 
-    Nothing is asked of a cluster of one such node, or for a run in an object store.
+    They look while the block runs, since each starts a process for it, 2 s; what they saw is told at its end. Nothing
+    is asked of a cluster of one such node, or for a run in an object store.
 
     Raises:
         ClusterError: some node does not see it.
@@ -33,10 +36,12 @@ def check_shared(plan: Plan) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     if is_url(plan.location):
+        yield
         return
     nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"] and has_room(node["Resources"], plan.layout)}
     others = {name: node for name, node in nodes.items() if name != ray.get_runtime_context().get_node_id()}
     if not others:
+        yield
         return
     run_dir, token = Path(plan.run_dir), f".seen-by-all-{secrets.token_hex(8)}"
     look = ray.remote(num_cpus=0, max_retries=0)(sees)
@@ -49,6 +54,7 @@ def check_shared(plan: Plan) -> None:
             )
             for name in others
         }
+        yield
         ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWER_S)
         blind = [others[name]["NodeManagerHostname"] for name, answer in asked.items() if not told(answer)]
     finally:
