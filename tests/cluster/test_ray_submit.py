@@ -157,7 +157,7 @@ def test_a_worker_that_fails_is_a_submit_that_fails(up: Outside) -> None:
     arguments += [f"model.tokenizer={tokenizer}", "parallel.zero=0", "cluster.max_failures=0", "audit=off", *SHORT]
     done = up.submit("tiny.yaml", *arguments, f"runs={up.folder}/raises")
     assert done.returncode == 1
-    said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)  # a terminal, for ssh -tt
+    said = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", done.stdout)  # a terminal, for ssh -tt
     assert re.search(r"^error: rank 1 on host2.*: ValueError: boom on rank 1$", said.replace("\r", ""), re.M), said
 
 
