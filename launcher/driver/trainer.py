@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from launcher.checkpoint.lease import current
-from launcher.driver import remote, secrets
+from launcher.driver import controller, remote, secrets
 from launcher.driver.failures import collect, death, describe, recorded_failures, restarted, root_cause
 from launcher.driver.signals import handled, must_end_soon
 from launcher.driver.watch import Watcher, watching
@@ -203,6 +203,7 @@ def build_trainer(plan: Plan, launch: int, scratch: str, watcher: Watcher) -> An
         train_worker,
         train_loop_config={"plan": plan.model_dump(mode="json"), "launch": launch, "startup": startup.so_far()},
         terms=Terms.of(plan, str(Path(scratch) / EVENTS)),
+        controller=controller.started(),
         run_config=RunConfig(name="ray", storage_path=scratch),
         torch_config=InterfaceTorchConfig(
             backend="nccl" if gpu else "gloo",

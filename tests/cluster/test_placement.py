@@ -62,6 +62,7 @@ def test_free_nodes_are_filled_whole_and_gpus_in_use_are_left_alone(
 ) -> None:
     from ray.train import RunConfig
 
+    from launcher.driver import controller
     from launcher.driver.connect import cluster_facts
     from launcher.driver.elastic import Terms
     from launcher.driver.network import InterfaceTorchConfig
@@ -73,6 +74,7 @@ def test_free_nodes_are_filled_whole_and_gpus_in_use_are_left_alone(
         ranks,
         train_loop_config={},
         terms=Terms(str(tmp_path), workers, workers, 1, True, 20.0, 0, str(tmp_path / "events")),
+        controller=controller.started(),
         run_config=RunConfig(name="ray", storage_path=str(tmp_path)),
         torch_config=InterfaceTorchConfig(backend="gloo", timeout_s=60),
     )
@@ -85,6 +87,7 @@ def test_free_nodes_are_filled_whole_and_gpus_in_use_are_left_alone(
 def test_more_than_is_free_is_waited_for_and_then_given_up(nodes: dict[str, str], tmp_path: Path) -> None:
     from ray.train import RunConfig
 
+    from launcher.driver import controller
     from launcher.driver.elastic import Terms
     from launcher.driver.network import InterfaceTorchConfig
     from launcher.driver.ray_train import Trainer
@@ -93,6 +96,7 @@ def test_more_than_is_free_is_waited_for_and_then_given_up(nodes: dict[str, str]
         ranks,
         train_loop_config={},
         terms=Terms(str(tmp_path), 7, 7, 1, True, 2.0, 0, str(tmp_path / "events")),
+        controller=controller.started(),
         run_config=RunConfig(name="ray", storage_path=str(tmp_path)),
         torch_config=InterfaceTorchConfig(backend="gloo", timeout_s=60),
     )
