@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,6 +29,9 @@ KERNELS = sorted((ROOT / "kernels" / "launcher_kernels").rglob("*.py"))
 
 def dotted(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+NAMES = {dotted(path) for path in (*MODULES, *KERNELS)} | {f"launcher.{part}" for part in ROOMS}
 
 
 def room(module: str) -> str | None:
@@ -56,10 +60,8 @@ def imports(path: Path, only_at_import: bool = False) -> Iterator[tuple[int, str
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
             assert node.module is not None
-            if node.module == "launcher":
-                yield from ((node.lineno, f"launcher.{alias.name}") for alias in node.names)
-            else:
-                yield node.lineno, node.module
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from ((node.lineno, name if name in NAMES else node.module) for name in inner)
 
 
 def test_a_part_imports_only_from_parts_above_it() -> None:
@@ -74,6 +76,15 @@ def test_a_part_imports_only_from_parts_above_it() -> None:
             if other in ROOMS and ROOMS.index(other) > ROOMS.index(own):
                 wrong.append(f"{path}:{line}: {own} imports {other}")
     assert not wrong
+
+
+def test_no_files_import_each_other() -> None:
+    """Not even inside functions, and not around corners."""
+    order = TopologicalSorter({dotted(path): {name for _, name in imports(path)} & NAMES for path in MODULES})
+    try:
+        order.prepare()
+    except CycleError as circle:
+        pytest.fail(" <- ".join(circle.args[1]))
 
 
 def test_a_worker_runs_without_ray() -> None:
