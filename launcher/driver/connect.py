@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ClusterError
+from launcher.errors import ClusterError, SlipwayError
 from launcher.plan.facts import ClusterFacts, NodeFacts, this_machine
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def connected(address: str | None) -> Iterator[ClusterFacts]:
     """Ray for the length of the block; ours is stopped afterwards, a joined one is left.
 
     Raises:
-        ClusterError: the address does not answer.
+        ClusterError: the address does not answer, or Ray does not start here.
     """
     target = cluster_address(address)
     authenticate(target)
@@ -72,9 +72,18 @@ def connected(address: str | None) -> Iterator[ClusterFacts]:
             f"the Ray cluster at {target} wants a token that this machine does not have",
             hint="copy the head's ~/.ray/auth_token here with mode 600, or set RAY_AUTH_TOKEN",
         ) from error
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except SlipwayError:  # of a signal
+        raise
+    except Exception as error:  # Ray raises plain ones too: of a machine too busy to start a node in 30 s, for one
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if target is None:
+            raise ClusterError(
+                f"Ray does not start on this machine: {reason}",
+                hint="its logs are in /tmp/ray/session_latest/logs, or under RAY_TMPDIR; a busy machine may have more "
+                "time later",
+            ) from error
         raise ClusterError(
-            f"no Ray cluster answers at {target or 'this machine'}: {str(error).strip().splitlines()[0]}",
+            f"no Ray cluster answers at {target}: {reason}",
             hint="check --address and RAY_ADDRESS; without either, slipway starts Ray on this machine",
         ) from error
     try:

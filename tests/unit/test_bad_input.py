@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -176,3 +178,12 @@ def test_no_space_in_the_runs_folder(folder: Path, capsys: pytest.CaptureFixture
         assert "o space left" in lines[0] or "cannot write" in lines[0] or "cannot be written" in lines[0]
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_ray_that_does_not_start(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its sockets have no room in a path as long as this one."""
+    with mock.patch.dict(os.environ, {"RAY_TMPDIR": str(folder / ("long" * 30))}):
+        lines = refused(capsys, "run", "x.yaml", "--run-dir", str(folder / "run"))
+    assert lines[0].startswith("error: Ray does not start on this machine: ")
+    assert "path length cannot exceed 107 bytes" in lines[0]
+    assert lines[1].startswith("hint: its logs are in ")
