@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from launcher.data.conversation import Conversation, Message
 from launcher.data.masks import Encoder
-from launcher.data.tokenizer import load_tokenizer, train_tokenizer, training_text, with_template
+from launcher.data.tokenizer import load_tokenizer, own_tokenizer, train_tokenizer, training_text, with_template
 from launcher.errors import ModelError
 from tests.plans import model_plan
 from tests.unit.families import FAMILIES, TEXT, tokenizer_of
@@ -109,3 +110,17 @@ def test_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             with_template(saved, None)
     finally:
         saved.eos_token = saved_eos
+
+
+def test_a_sentencepiece_model_alone_is_read(tmp_path: Path) -> None:
+    """As deberta-v3 lies on the hub."""
+    lines = [f"the {word} film was {word} and {other}" for word in ("good", "bad", "long") for other in ("sad", "fun")]
+    (tmp_path / "config.json").write_text('{"model_type": "deberta-v2"}')
+    with (tmp_path / "spm.model").open("wb") as written:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=written, vocab_size=40, hard_vocab_limit=False, minloglevel=2
+        )
+    pieces = SentencePieceProcessor(model_file=str(tmp_path / "spm.model")).encode(lines[0])
+    ids = own_tokenizer(model_plan(tmp_path))(lines[0])["input_ids"]
+    assert ids[1:-1] == pieces
+    assert len(pieces) > 5
