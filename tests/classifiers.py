@@ -14,17 +14,8 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from launcher.data.prepare import prepare
 from launcher.model.scratch import create_scratch
-from launcher.plan.plan import ModelPlan, Plan, SchedulePlan
-from tests.plans import (
-    data_plan,
-    held_out,
-    layout_plan,
-    lifecycle,
-    model_plan,
-    optimizer_plan,
-    source_plan,
-    trajectory,
-)
+from launcher.plan.plan import ModelPlan, Plan
+from tests.plans import data_plan, held_out, lifecycle, model_plan, short_run, source_plan
 
 STEPS = 20
 GLOBAL_BATCH = 6
@@ -99,27 +90,8 @@ def class_plan(root: Path, model: ModelPlan, rows: Iterable[dict[str, Any]], **d
     facts = prepare(model, plan, seed=3, cache_dir=root / "prepared")
     if model.source == "scratch":
         create_scratch(model, Path(facts.folder) / "tokenizer", 3, Path(model.path), facts.classes)
-    return Plan(
-        name="classes",
-        run_dir=str(root / "run"),
-        location=str(root / "run"),
-        version="0",
-        recipe_hash="",
-        trajectory=trajectory(
-            model,
-            plan,
-            task="sequence_classification",
-            data_content_hash=facts.content_hash,
-            seed=24,
-            global_batch_size=GLOBAL_BATCH,
-            optimizer=optimizer_plan(lr=2e-3, betas=(0.9, 0.99), weight_decay=0.1),
-            schedule=SchedulePlan(kind="cosine", warmup=3, min_lr_ratio=0.1),
-        ),
-        layout=layout_plan(micro_batch_size=GLOBAL_BATCH),
-        lifecycle=lifecycle(STEPS, audit="strict"),
-        data=facts,
-        origins={},
-    )
+    short = short_run(root, model, plan, facts, STEPS, GLOBAL_BATCH, task="sequence_classification")
+    return short.model_copy(update={"lifecycle": lifecycle(STEPS, audit="strict")})
 
 
 GPT: dict[str, Any] = {

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.data.loader import MicroBatch
-from launcher.model.attention import NAMES, supports_packing
+from launcher.model.attention import NAMES, register, supports_packing
+from launcher.train.loss import SupervisedLoss
 from tests import packs
 
 VOCABULARY = 61
@@ -68,6 +69,7 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) 
     """A model of one seed, without dropout, whose weights are large enough for every part to matter; its attention
     keeps packed documents apart where it can."""
     settings = FAMILIES[family] | {"initializer_range": 0.2} | changes
+    register()
     config = AutoConfig.for_model(family, **settings)
     for name in DROPOUTS:
         if getattr(config, name, 0.0) and name not in changes:
@@ -88,3 +90,10 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) 
 def pack(lengths: Sequence[int] = (5, 9), seed: int = 0) -> MicroBatch:
     """Of these models' tokens. Any seed but 0 gives targets weights."""
     return packs.pack(lengths, seed, vocabulary=VOCABULARY, weighted=seed != 0)
+
+
+def loss_of(model: Any, label_smoothing: float = 0.0) -> SupervisedLoss:
+    """The loss through a model, or through peft's wrapper around one; packed where documents are kept apart."""
+    causal_lm = getattr(model, "get_base_model", lambda: model)()
+    flat = supports_packing(type(causal_lm), causal_lm.config)
+    return SupervisedLoss(model, causal_lm, flat, torch.device("cpu"), label_smoothing)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from launcher.errors import RecipeError
 from launcher.plan.plan import (
     AugmentPlan,
     CleanPlan,
+    DataFacts,
     DataPlan,
     GeneratePlan,
     GuardPlan,
@@ -17,10 +19,12 @@ from launcher.plan.plan import (
     MethodPlan,
     ModelPlan,
     OptimizerPlan,
+    Plan,
     SchedulePlan,
     SourcePlan,
     Trajectory,
 )
+from launcher.recipe.load import load
 from launcher.recipe.schema_data import Augment, Clean, Data, Source
 from launcher.recipe.schema_evaluate import Generate
 from launcher.recipe.schema_train import Guard, Method, Optimizer
@@ -158,3 +162,62 @@ def lifecycle(steps: int, **changes: Any) -> Lifecycle:
         "max_shard_size": "5GB",
     }
     return Lifecycle(**(values | changes))
+
+
+def data_facts(**changes: Any) -> DataFacts:
+    """Of prepared data that is nowhere."""
+    values: dict[str, Any] = {
+        "folder": "/prepared",
+        "content_hash": "0123",
+        "train_rows": 1000,
+        "train_documents": 3000,
+        "train_tokens": 500_000,
+        "train_supervised_tokens": 200_000,
+        "eval_documents": 20,
+        "eval_supervised_tokens": 1000,
+        "test_documents": 5,
+        "dropped": {},
+        "vocab_size": 300,
+        "formats": {},
+        "classes": (),
+        "retain_documents": 0,
+    }
+    return DataFacts(**(values | changes))
+
+
+def whole_plan(run_dir: Path, **parts: Any) -> Plan:
+    """Of a run in `run_dir`, on one CPU worker; `parts` are the rest, at least name, trajectory, lifecycle and data."""
+    values = {"run_dir": str(run_dir), "location": str(run_dir), "version": "0", "recipe_hash": "", "origins": {}}
+    return Plan(**(values | {"layout": layout_plan()} | parts))
+
+
+def short_run(
+    root: Path, model: ModelPlan, data: DataPlan, facts: DataFacts, steps: int, global_batch_size: int, **changes: Any
+) -> Plan:
+    """A Plan of few steps for data and a model that lie ready in `root`; `changes` are of the trajectory."""
+    settings = {
+        "data_content_hash": facts.content_hash,
+        "seed": 24,  # one by which every batch of the first steps of `runs` has rows of both kinds
+        "global_batch_size": global_batch_size,
+        "optimizer": optimizer_plan(lr=2e-3, betas=(0.9, 0.99), weight_decay=0.1),
+        "schedule": SchedulePlan(kind="cosine", warmup=3, min_lr_ratio=0.1),
+    }
+    return whole_plan(
+        root / "run",
+        name=root.name,
+        trajectory=trajectory(model, data, **(settings | changes)),
+        layout=layout_plan(micro_batch_size=global_batch_size),
+        lifecycle=lifecycle(steps),
+        data=facts,
+    )
+
+
+def recipe_problems(folder: Path, text: str) -> list[str]:
+    """Why a recipe of `text` is refused, `key: message; hint` each; empty where it is taken."""
+    file = folder / "x.yaml"
+    file.write_text(text, encoding="utf-8")
+    try:
+        load(str(file))
+    except RecipeError as error:
+        return [f"{problem.key}: {problem.message}; {problem.hint}" for problem in error.problems]
+    return []

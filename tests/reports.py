@@ -8,8 +8,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from launcher.plan.plan import DataFacts, Plan
+from launcher.plan.plan import Plan
 from tests.plans import (
+    data_facts,
     data_plan,
     generate_plan,
     layout_plan,
@@ -18,6 +19,7 @@ from tests.plans import (
     optimizer_plan,
     source_plan,
     trajectory,
+    whole_plan,
 )
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u202e"
@@ -28,12 +30,10 @@ def made_plan(run_dir: Path, **changes: Any) -> Plan:
     """Of a run in `run_dir`; `changes` go to its lifecycle or optimizer."""
     optimizer = {key: changes.pop(key) for key in ("lr", "weight_decay") if key in changes}
     steps = changes.pop("steps", 100)
-    return Plan(
+    return whole_plan(
+        run_dir,
         name="made up",
-        run_dir=str(run_dir),
-        location=str(run_dir),
         version="0.1",
-        recipe_hash="",
         trajectory=trajectory(
             model_plan("meta/some-model", source="hub", revision="abc"),
             data_plan(source_plan("/data/rows.jsonl")),
@@ -41,7 +41,7 @@ def made_plan(run_dir: Path, **changes: Any) -> Plan:
         ),
         layout=layout_plan(workers=2, min_workers=2, device="cuda", zero=2),
         lifecycle=lifecycle(steps, generate=generate_plan(), **changes),
-        data=DataFacts(
+        data=data_facts(
             folder=str(run_dir / "none"),
             content_hash="1234",
             train_rows=400,
@@ -52,9 +52,7 @@ def made_plan(run_dir: Path, **changes: Any) -> Plan:
             eval_supervised_tokens=4000,
             test_documents=50,
             dropped={"duplicate": 3},
-            vocab_size=32_000,
             formats={"/data/rows.jsonl": "alpaca"},
-            classes=(),
             retain_documents=10,
         ),
         origins={
@@ -99,8 +97,9 @@ def metrics(steps: int) -> list[dict[str, Any]]:
         run.step(step, steps)
     run.add("hang", 20, step=steps // 2, what="rank 1 on b waits for nothing", stacks="hang.log")
     run.attempt, run.began = "1.2", run.time
-    run.add("start", 10, step=steps // 2 - steps // 20, world_size=1, micro_steps=2, workers=_workers()[:1])
-    run.add("resize", 0, step=steps // 2 - steps // 20, **{"from": 2, "to": 1, "why": "b is gone"})
+    run.add("audit", 8, seconds=1.0, checked=[], findings=0)
+    run.add("resize", 2, step=steps // 2 - steps // 20, **{"from": 2, "to": 1, "why": "b is gone"})
+    run.add("start", 0, step=steps // 2 - steps // 20, world_size=1, micro_steps=2, workers=_workers()[:1])
     for step in range(steps // 2 - steps // 20 + 1, steps + 1):
         run.step(step, steps)
     run.add("forgetting", 0, step=steps, before=1.5, now=1.9, limit=0.1, message=f"it forgets: {EVIL}")
@@ -125,9 +124,12 @@ class _Lines:
         spike = step == steps // 3
         loss = 9.0 if spike else 2.2 * math.exp(-3 * step / steps) + 0.5 + self.draw.gauss(0, 0.08)
         total = round(1 + 0.2 * self.draw.random(), 6)
+        self.time += total
+        if spike:
+            self.add("spike", 0, step=step, loss=9.0, mean=1.2, deviations=12.0, action="skip")
         self.add(
             "step",
-            total,
+            0,
             step=step,
             epoch=step / steps,
             loss=loss,
@@ -140,8 +142,6 @@ class _Lines:
             seconds=seconds | {"total": total},
             memory_bytes=3 << 30,
         )
-        if spike:
-            self.add("spike", 0, step=step, loss=9.0, mean=1.2, deviations=12.0, action="skip")
         if step % max(steps // 10, 1) == 0:
             self.add("eval", 0, step=step, **_evaluated(step / steps))
             self.add("answers", 0, step=step, **_answered(step / steps))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from launcher.checkpoint.layout import Checkpoint, committed
-from launcher.checkpoint.manifest import newest_sound, read, verify
+from launcher.checkpoint.manifest import first_sound, read, verify
 from launcher.errors import CheckpointError, DamagedCheckpoint, UserError
 from launcher.plan.plan import Plan
 from launcher.store.location import open_store
@@ -16,16 +17,23 @@ BEST, LAST = "best", "last"
 
 
 def best_first(checkpoints: Sequence[Checkpoint], metric: str) -> list[Checkpoint]:
-    """Those that carry an evaluation's value of `metric`, the best first.
+    """Those that carry an evaluation's value of `metric`, oldest first in `checkpoints`; the best first.
 
-    Of several that carry the same evaluation, the first was measured. Raises CheckpointError where a manifest cannot be
-    read just now.
+    An evaluation that several carry was of the one of its step, or else of the first. The best so far, as the newest
+    tells, may have been saved before it was measured. Raises CheckpointError where a manifest cannot be read just now.
     """
+    there = {checkpoint.step: checkpoint for checkpoint in checkpoints}
     measured: dict[int, tuple[float, Checkpoint]] = {}
+    best = None
     for checkpoint in checkpoints:
-        score, step = _evaluation(checkpoint, metric)
-        if score is not None and step not in measured:
-            measured[step] = (score, checkpoint)
+        progress = _progress(checkpoint, metric)
+        best = progress.get("best_step", best)
+        score, step = progress.get("score"), progress.get("heeded_step", progress.get("eval_step"))
+        if isinstance(score, int | float) and math.isfinite(score):
+            step = step if isinstance(step, int) else checkpoint.step
+            measured.setdefault(step, (score, there.get(step, checkpoint)))
+    if best in there:
+        measured[best] = (-math.inf, there[best])
     ranked = sorted(measured.values(), key=lambda scored: (scored[0], scored[1].step))
     return [checkpoint for _, checkpoint in ranked]
 
@@ -38,22 +46,14 @@ def chosen(plan: Plan, wanted: str) -> tuple[Checkpoint, list[str]]:
     Raises CheckpointError where there is none, or it is damaged; UserError where `wanted` names nothing.
     """
     store = open_store(plan.location)
-    messages: list[str] = []
-    if wanted == BEST:
-        for checkpoint in best_first(committed(store), plan.lifecycle.metric):
-            try:
-                verify(checkpoint)
-            except DamagedCheckpoint as error:
-                messages.append(error.message)
-            else:
-                return checkpoint, messages
-    elif wanted != LAST:
-        return _of_step(store, wanted), messages
-    newest, damaged = newest_sound(store)
-    messages += [message for message in damaged if message not in messages]
-    if newest is None:
+    if wanted not in (BEST, LAST):
+        return _of_step(store, wanted), []
+    there = committed(store)
+    ranked = best_first(there, plan.lifecycle.metric) if wanted == BEST else []
+    found, messages = first_sound([*ranked, *(one for one in reversed(there) if one not in ranked)])
+    if found is None:
         raise CheckpointError(f"{plan.location} has no sound checkpoint" + "".join(f"\n{line}" for line in messages))
-    return newest, messages
+    return found, messages
 
 
 def _of_step(store: Store, wanted: str) -> Checkpoint:
@@ -65,16 +65,12 @@ def _of_step(store: Store, wanted: str) -> Checkpoint:
     return there[wanted]
 
 
-def _evaluation(checkpoint: Checkpoint, metric: str) -> tuple[float | None, int]:
-    """The score that a checkpoint carries, smaller where it is better, and the step at which it was measured."""
+def _progress(checkpoint: Checkpoint, metric: str) -> dict[str, Any]:
+    """What a checkpoint tells of a run's evaluations by `metric`."""
     try:
         progress = read(checkpoint).progress
     except DamagedCheckpoint:
-        return None, checkpoint.step
-    if "score" in progress:
-        score = progress["score"] if progress.get("metric") == metric else None
-    else:  # of a version that knew one metric only
-        score = progress.get("eval_loss") if metric == "loss" else None
-    step = progress.get("eval_step")
-    usable = isinstance(score, int | float) and math.isfinite(score)
-    return score if usable else None, step if isinstance(step, int) else checkpoint.step
+        return {}
+    if "score" not in progress:  # of a version that knew one metric only
+        progress = {"metric": "loss", "score": progress.get("eval_loss"), "eval_step": progress.get("eval_step")}
+    return progress if progress.get("metric") == metric else {}

@@ -205,8 +205,13 @@ def newest_sound(store: Store) -> tuple[Checkpoint | None, list[str]]:
 
     Reads the checkpoint's every byte: ask once, on one rank. Raises CheckpointError where they cannot be read just now.
     """
+    return first_sound(reversed(committed(store)))
+
+
+def first_sound(checkpoints: Iterable[Checkpoint]) -> tuple[Checkpoint | None, list[str]]:
+    """The first of these that is whole, and a message for each damaged one before it. Raises as `newest_sound`."""
     messages = []
-    for checkpoint in reversed(committed(store)):
+    for checkpoint in checkpoints:
         try:
             verify(checkpoint)
         except DamagedCheckpoint as error:

@@ -9,6 +9,7 @@ import typer
 
 from launcher.cli import render
 from launcher.cli.arguments import Json
+from launcher.report.data_tables import short
 
 if TYPE_CHECKING:
     from launcher.report.compare import Difference
@@ -24,15 +25,9 @@ def command(
 ) -> None:
     """Show what differs between two runs: settings, data, environment and result. What is equal is not listed."""
     from launcher.driver.resume import existing_plan
-    from launcher.driver.start import writable
     from launcher.report.compare import compare
-    from launcher.report.fetch import fetch_measured
 
-    plans = existing_plan(one), existing_plan(other)
-    for plan in plans:
-        fetch_measured(plan)
-    with writable(plans[0].location):
-        found = compare(*plans)
+    found = compare(existing_plan(one), existing_plan(other))
     if as_json:
         render.print_json({name: [difference.as_dict() for difference in part] for name, part in found.items()})
         return
@@ -66,4 +61,4 @@ def _text(value: Any) -> str:
     if value is None:
         return "-"
     text = f"{value:.5g}" if isinstance(value, float) else _as_yaml(value)
-    return text if len(text) <= MOST_CHARACTERS else text[: MOST_CHARACTERS - 3] + "..."
+    return short(" ".join(text.split()), MOST_CHARACTERS)  # a chat template has many lines

@@ -65,10 +65,10 @@ def command(
     with tempfile.TemporaryDirectory(prefix="slipway-") as scratch:
         folder = folder_of(model, plan, checkpoint, Path(scratch))
         if lm_eval is not None:
-            found, lines = by_harness(folder, lm_eval.split(","), limit, batch_size), b""
+            found, lines = by_harness(folder, [task.strip() for task in lm_eval.split(",")], limit, batch_size), b""
         else:
             assert settings is not None
-            columns = tuple(slices.split(",")) if slices is not None else None
+            columns = tuple(column.strip() for column in slices.split(",")) if slices is not None else None
             found, lines = by_rows(folder, plan, source, settings, rows, columns, Path(scratch))
     result = asked | found
     kept = keep(plan, result, lines) if plan is not None else None
@@ -100,21 +100,26 @@ def generation(
     of_run = plan.lifecycle.generate if plan is not None else None
     settings = of_run or GeneratePlan(**(Generate().model_dump() | {"max_new_tokens": MAX_NEW_TOKENS}))
     asked: dict[str, Any] = {"rows": rows, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    asked["metrics"] = tuple(map(metric, metrics.split(","))) if metrics is not None else None
+    asked["metrics"] = chosen(metrics) if metrics is not None else None
     return settings.model_copy(update={key: value for key, value in asked.items() if value is not None})
 
 
-def metric(name: str) -> str:
-    """A metric's name, and of a function of the user's its absolute file too. Raises UserError."""
-    from launcher.recipe.schema_evaluate import METRICS
+def chosen(metrics: str) -> tuple[str, ...]:
+    """The metrics that `--metrics` names, functions of the user's by their absolute files. Raises UserError for what a
+    recipe is refused for."""
+    from launcher.recipe.check_evaluate import check_generate
+    from launcher.recipe.schema_evaluate import METRICS, Generate
 
-    file, _, function = name.rpartition(":")
-    if name in METRICS:
-        return name
-    if not file or not Path(file).is_file() or not function.isidentifier():
-        hint = f"there are {', '.join(METRICS)}, and functions of your own: file.py:name"
-        raise UserError(f"--metrics: {name!r} is no metric", hint)
-    return f"{Path(file).resolve()}:{function}"
+    names = tuple(name.strip() for name in metrics.split(","))
+    for conflict in check_generate(Generate(metrics=names)):
+        raise UserError(f"--metrics: {conflict.message}", conflict.hint)
+    found = []
+    for name in names:
+        file, _, function = name.rpartition(":")
+        if file and not (Path(file).is_file() and function.isidentifier()):
+            raise UserError(f"--metrics: {name!r} names no function in a file", hint="write it as file.py:name")
+        found.append(name if name in METRICS else f"{Path(file).resolve()}:{function}")
+    return tuple(found)
 
 
 def source_of(path: str, format: str) -> SourcePlan:
@@ -165,7 +170,7 @@ def by_rows(
 
     with render.err().status("loading"):
         from launcher.data.loader import EvalData, TestRows
-        from launcher.export.evaluation import evaluate_folder, prepare_rows
+        from launcher.export.evaluation import evaluate_folder, left_out, prepare_rows
 
     found: dict[str, Any] = {}
     if source is not None:
@@ -173,7 +178,7 @@ def by_rows(
         with preparing(render.err()) as report:
             facts = prepare_rows(folder, source, data, slices, scratch / "data", report)
         most, questions, found["data"] = limit, limit, source.path
-        found |= {"left_out": facts.dropped} if facts.dropped else {}
+        found |= {"left_out": left_out(facts)} if facts.dropped else {}
     elif plan is not None:
         slices, facts = plan.lifecycle.slices if columns is None else columns, ready_again(plan).data
         refuse_other_slices(plan, slices)

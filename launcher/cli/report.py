@@ -21,18 +21,17 @@ def command(
     from launcher.driver.start import writable
     from launcher.recipe.origin import shown
     from launcher.report.ending import ending
-    from launcher.report.fetch import fetch_measured
-    from launcher.report.history import History
+    from launcher.report.fetch import read_history
     from launcher.report.markup import write
     from launcher.report.run_page import FILE, keep, page
+    from launcher.store.location import is_url
 
     plan = existing_plan(run)
-    fetch_measured(plan)
-    with writable(plan.location):
-        history = History(Path(plan.run_dir))
-        content = page(plan, history, ending(plan, history))
-        if out is None:
+    history = read_history(plan)
+    content, file = page(plan, history, ending(plan, history)), out or Path(plan.run_dir) / FILE
+    if out is None and is_url(plan.location):
+        with writable(plan.location):
             keep(plan, content)
-    if out is not None:
-        write(out, content, "--out")
-    print(shown(out or Path(plan.run_dir) / FILE))
+    else:
+        write(file, content, "--out")
+    print(shown(file))

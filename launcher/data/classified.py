@@ -7,6 +7,7 @@ A document is what the tokenizer makes of the text alone, with the control token
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
 
 MOST_CLASSES = 1000
 """Beyond so many, what is taken for classes are answers in words."""
+_NUMBER = re.compile(r"-?[0-9]{1,18}(\.[0-9]+)?")
 
 
 def classified(row: Conversation) -> Conversation:
-    """`row` with its class as its label: the one that a column or the format gives it, otherwise its answer.
+    """`row` with its class as its label, without blanks at its ends: the one that a column or the format gives it,
+    otherwise its answer.
 
     Raises DataError for what is no text of one class.
     """
@@ -36,12 +39,12 @@ def classified(row: Conversation) -> Conversation:
             f"{row.where}: a conversation of {len(tidy.messages)} messages, and no text with its class",
             hint="a sequence classification takes rows of a text and a label, or of a prompt and its one-word answer",
         )
-    label = tidy.label if tidy.label is not None else "" if tidy.text is not None else tidy.answer.strip()
-    if not label:
+    label = tidy.label if tidy.label is not None else "" if tidy.text is not None else tidy.answer
+    if not label.strip():
         raise DataError(
             f"{row.where}: a text without a class", hint="name the column with each row's class: data.label"
         )
-    return replace(tidy, label=label)
+    return replace(tidy, label=label.strip())
 
 
 def text_of(row: Conversation) -> str:
@@ -51,12 +54,12 @@ def text_of(row: Conversation) -> str:
 
 def class_names(found: Iterable[str], data: DataPlan) -> tuple[str, ...]:
     """All classes, in the order of the head's outputs: as the model's own head has them where it knows them all,
-    otherwise those that the sources' `labels` name, in their order, and the others sorted.
+    otherwise those that the sources' `labels` name, in their order, and the others sorted, numbers by their value.
 
     Raises DataError where there is only one, or so many that they are none.
     """
-    named = dict.fromkeys(word for source in data.sources for word in source.labels)
-    others = sorted(set(found) - named.keys())
+    named = dict.fromkeys(word.strip() for source in data.sources for word in source.labels)
+    others = sorted(set(found) - named.keys(), key=_place)
     names = (*named, *others)
     if data.head and set(names) <= set(data.head):
         return data.head
@@ -71,6 +74,12 @@ def class_names(found: Iterable[str], data: DataPlan) -> tuple[str, ...]:
             hint="set task to causal_lm, or name the column with each row's class: data.label",
         )
     return names
+
+
+def _place(name: str) -> tuple[bool, float, str]:
+    """By which classes are sorted. Stars of 1 to 10 as text would otherwise have 10 before 2, and no output its own."""
+    number = _NUMBER.fullmatch(name)
+    return number is None, float(name) if number else 0.0, name
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ def slices_of(
     found = []
     for column in columns:
         value = row.get(column, row.get(source.columns.get(column, column)))
-        found.append((column, NO_VALUE if is_blank(value) else scalar(value, column, where)))
+        missing = is_blank(value) or value != value  # what files of numbers have for a gap is not equal to itself
+        found.append((column, NO_VALUE if missing else scalar(value, column, where)))
     return tuple(found)
 
 

@@ -46,7 +46,7 @@ def model_settings(model: ModelPlan) -> dict[str, Any]:
     """The model's config.json, without importing transformers.
 
     Raises:
-        ModelError: the folder has none.
+        ModelError: the folder has none, or it does not say which model it is of.
     """
     if model.source == "scratch":
         assert model.scratch is not None
@@ -62,6 +62,11 @@ def model_settings(model: ModelPlan) -> dict[str, Any]:
             f"{model.path} has no config.json", hint="give a folder that save_pretrained wrote, or a hub id"
         )
     settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if not settings.keys() & {"model_type", "auto_map"}:  # as the first BERTs were published
+        raise ModelError(
+            f"{model.path}: its config.json has no model_type",
+            hint='write it into the config.json of a folder with the model, such as "model_type": "bert"',
+        )
     return settings
 
 

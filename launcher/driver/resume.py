@@ -30,8 +30,11 @@ from launcher.train.verdict import Verdict
 
 RESUME_SECTIONS = ("evaluate", "guard", "checkpoint", "logging", "cluster", "export")
 RESUME_KEYS = ("train.epochs", "train.max_steps", "train.max_time", "audit", "model.attention", "model.kernels")
-PREPARED_KEYS = ("evaluate.retain", "evaluate.retain.sources")
-"""What the prepared data was made of."""
+ROWS_KEYS = (
+    *("evaluate", "evaluate.max_rows"),
+    *("evaluate.retain", "evaluate.retain.sources", "evaluate.retain.max_rows"),
+)
+"""What says which rows are measured: of others the loss before, the best one and patience would mean nothing."""
 LAYOUT_KEYS = ("cluster.workers", "cluster.cpus_per_worker")
 """Those that ask for another layout: the rest of `cluster` is about failures."""
 NOT_OF_THE_RUN = ("extends", "name", "description", "runs", "data.workers", "data.prepare_on")
@@ -196,14 +199,15 @@ def refuse_trajectory_keys(overrides: list[str], location: str | Path) -> None:
 
 def may_change(key: str) -> bool:
     """Whether a resume takes this key."""
-    if ".".join(key.split(".")[:3]) in PREPARED_KEYS:
+    if ".".join(key.split(".")[:3]) in ROWS_KEYS:
         return False
     return key in RESUME_KEYS or key.split(".")[0] in RESUME_SECTIONS
 
 
 def _refusal(where: str, key: str, location: str | Path) -> Problem:
     hint = (
-        f"a resume takes {', '.join(RESUME_KEYS)} and {', '.join(s + '.*' for s in RESUME_SECTIONS)}; "
+        f"a resume takes {', '.join(RESUME_KEYS)} and {', '.join(s + '.*' for s in RESUME_SECTIONS)}, "
+        "but for which rows are measured; "
         f"for anything else start a new run from this model: model.path={location}/model"
     )
     return Problem(where, key, f"cannot change in a run already begun: {location}", hint)

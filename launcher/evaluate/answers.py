@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from launcher.data.loader import TestRow
 from launcher.evaluate.generate import Answer
 from launcher.evaluate.metrics import correct, score
 from launcher.evaluate.slices import score_slices
+
+_ENDS_OF_LINES = {ord(letter): f"\\u{ord(letter):04x}" for letter in "\x85\u2028\u2029"}
+"""To str.splitlines and others, beside those that JSON spells out itself."""
 
 
 def scored(
@@ -44,9 +47,9 @@ def scored(
     return figures, lines
 
 
-def as_jsonl(lines: Sequence[dict[str, Any]]) -> bytes:
-    """A line of JSON for each; what is no character, as a model may write it, is spelled out."""
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+def as_jsonl(lines: Iterable[Mapping[str, Any]]) -> bytes:
+    """A line of JSON for each; what is no character, as a model may write it, or the end of a line, is spelled out."""
+    text = "".join(json.dumps(line, ensure_ascii=False).translate(_ENDS_OF_LINES) + "\n" for line in lines)
     return text.encode("utf-8", errors="backslashreplace")
 
 

@@ -19,6 +19,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from launcher.data.masks import end_of_turn_id
 from launcher.plan.plan import GeneratePlan
 
+ALONE = frozenset({"minimax", "recurrent_gemma", "rwkv"})
+"""Model types whose state takes in what is masked, or what stands beside: they answer one prompt at a time."""
+
 
 class Answer(NamedTuple):
     """What a model says to one prompt."""
@@ -43,7 +46,8 @@ def generate_answers(
     the same on all of them.
 
     Args:
-        model: a transformers or peft model, in evaluation mode
+        model: a transformers or peft model, in evaluation mode, with positions for all that is said: see
+            `model.positions`
         prompts: token ids, none of them empty; the place of each is its row's number
         tokenizer: of the model; with `end_tokens` of both, an answer ends
         settings: how many tokens, how many prompts at once, greedy (temperature 0) or drawn
@@ -54,10 +58,11 @@ def generate_answers(
     """
     grouped = dist.is_available() and dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
+    at_once = 1 if model.config.model_type in ALONE else settings.batch_size
     # Neighbours in length share a batch, for less padding; the largest batch comes first, so that what does not fit
     # into memory fails at once. The batches do not depend on the ranks that share them out.
     by_length = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    batches = [by_length[i : i + settings.batch_size] for i in range(0, len(by_length), settings.batch_size)]
+    batches = [by_length[i : i + at_once] for i in range(0, len(by_length), at_once)]
     ends, answered = end_tokens(model, tokenizer), list[tuple[int, Answer]]()
     with plain_generation(model):
         for first in range(0, len(batches), world_size):

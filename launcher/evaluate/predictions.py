@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from launcher.evaluate import answers
 from launcher.evaluate.metrics.classes import class_figures
 
 
@@ -57,5 +57,4 @@ def as_jsonl(predictions: Sequence[Prediction], classes: Sequence[str], tokenize
         }
         for one in predictions
     ]
-    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    return content.encode("utf-8", errors="backslashreplace")
+    return answers.as_jsonl(lines)

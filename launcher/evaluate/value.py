@@ -24,19 +24,15 @@ def better(metric: str, value: float, than: float, min_delta: float = 0.0) -> bo
 def value_of(metric: str, evaluated: Mapping[str, Any] | None, answered: Mapping[str, Any] | None) -> float | None:
     """What `metric` is in the latest records `eval` and `answers`; None where the one that would have it is missing.
 
-    The record `eval` comes first: `accuracy` is its; `classes.f1_macro` leads into the other by its parts.
+    The record `eval` comes first: `accuracy` is its; `classes.f1_macro` is of the other.
 
     Raises:
         DataError: the records are there, and neither has it.
     """
     if evaluated is not None and _is_number(evaluated.get(metric)):
         return float(evaluated[metric])
-    if answered is not None:
-        found: Any = answered
-        for part in metric.split("."):
-            found = found.get(part) if isinstance(found, Mapping) else None
-        if _is_number(found):
-            return float(found)
+    if answered is not None and metric in (found := figures(answered)):
+        return found[metric]
     leads_into = answered is not None and metric.partition(".")[0] in answered
     if answered is None or not (evaluated or leads_into):
         return None
@@ -66,10 +62,15 @@ def figures(record: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in numbers(record).items() if name not in ("step", "time", "rows", "cut")}
 
 
+def is_share(name: str) -> bool:
+    """Whether a figure lies between 0 and 1, by its name."""
+    kind = name.partition(".")[0]
+    return kind in ("accuracy", "exact_match", "numeric", "classes", "rouge") or kind.endswith("_macro")
+
+
 def shown(name: str, value: float) -> str:
     """A figure as people read it: what is a share in percent, anything else to four places."""
-    share = name == "accuracy" or name.partition(".")[0] in ("exact_match", "numeric", "classes", "rouge")
-    return f"{value:.1%}" if share else f"{value:.4g}"
+    return f"{value:.1%}" if is_share(name) else f"{value:.4g}"
 
 
 def spoken(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,13 @@ from launcher.data.prepare import prepare
 from launcher.data.prepare.work import Progress
 from launcher.errors import DataError
 from launcher.evaluate.answers import as_jsonl as answer_lines
-from launcher.evaluate.answers import scored
+from launcher.evaluate.answers import scored, try_out
 from launcher.evaluate.generate import generate_answers
 from launcher.evaluate.predictions import as_jsonl as prediction_lines
 from launcher.evaluate.predictions import class_scores
-from launcher.export.loaded import device_here, load_folder, tokenizer_folder
+from launcher.export.loaded import device_here, load_folder, positions, tokenizer_folder
 from launcher.export.verify import classifies
+from launcher.model.positions import most_tokens, refuse_long_answers
 from launcher.plan.plan import DataFacts, DataPlan, GeneratePlan, HeldOutPlan, ModelPlan, SourcePlan
 from launcher.recipe.schema_data import Augment, Clean, Data
 from launcher.train.classification import ClassLoss, Predicting
@@ -61,12 +63,15 @@ def evaluate_folder(
 
     Raises:
         ModelError: the folder cannot be loaded.
-        DataError: a metric that says nothing about the references.
+        DataError: a metric that says nothing about the references, or an answer for which the model has no positions.
     """
     device = device_here()
+    if questions:
+        try_out(questions, settings.metrics, slices)
     model, tokenizer = load_folder(folder, device)
     if classifies(folder):
         return Worth(*predicted_classes(model, tokenizer, held_out, device))
+    refuse_long_answers(most_tokens(model), questions, settings.max_new_tokens)
     found = None
     if held_out.num_documents:
         found = measured(model, SupervisedLoss(model, model, flat=False, device=device), held_out, device)
@@ -159,6 +164,13 @@ def prepare_rows(
     return facts
 
 
+def left_out(facts: DataFacts) -> dict[str, int]:
+    """{reason: rows} of what `prepare_rows` could not use: each row once, in whichever part it was to be."""
+    with (Path(facts.folder) / "dropped.jsonl").open(encoding="utf-8") as lines:
+        rows = {(line["reason"], line["where"]) for line in map(json.loads, lines) if line["reason"] in facts.dropped}
+    return dict(sorted(Counter(reason for reason, _ in rows).items()))
+
+
 def rows_plan(source: SourcePlan, of_run: DataPlan | None, folder: Path) -> DataPlan:
     """`source` as rows to be measured on. Preparation wants rows to train on too: the same, which nobody looks at."""
     head = known_classes(folder) if classifies(folder) else None
@@ -200,12 +212,7 @@ def model_plan(folder: Path) -> ModelPlan:
 
 def longest(folder: Path) -> int:
     """Tokens of a row that the model takes, as far as its configuration and tokenizer tell; 4,096 at most."""
-    limits = [TOKENS_AT_ONCE]
-    for file, keys in {
-        "config.json": ("max_position_embeddings", "n_positions"),
-        "tokenizer_config.json": ("model_max_length",),
-    }.items():
-        with contextlib.suppress(FileNotFoundError):
-            settings = json.loads((folder / file).read_text(encoding="utf-8"))
-            limits += [int(settings[key]) for key in keys if settings.get(key)]
-    return min(limits)
+    limits, settings = [TOKENS_AT_ONCE, positions(folder)], folder / "tokenizer_config.json"
+    if settings.exists():
+        limits.append(json.loads(settings.read_text(encoding="utf-8")).get("model_max_length"))
+    return int(min(limit for limit in limits if limit))

@@ -13,6 +13,7 @@ from typing import Any
 
 from launcher.errors import UserError
 from launcher.export.loaded import device_here, load_folder
+from launcher.export.verify import classifies
 
 
 def require() -> None:
@@ -28,9 +29,11 @@ def run_tasks(folder: Path, tasks: list[str], limit: int | None, batch_size: int
     `tasks` are names that the harness knows, or YAML files of the same form; `limit` questions of each.
 
     Raises:
-        UserError: a task that is not there, or whose data cannot be had.
+        UserError: a task that is not there, or whose data cannot be had; a model that tells classes apart.
         ModelError: the folder cannot be loaded.
     """
+    if classifies(folder):
+        raise UserError("--lm-eval asks language models, and this one tells classes apart", hint="leave it out")
     # What it downloads and prints on its way is no result.
     with contextlib.redirect_stdout(sys.stderr):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

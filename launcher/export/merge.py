@@ -43,11 +43,13 @@ def trained_model(plan: Plan, checkpoint: Checkpoint, verified: bool = False) ->
     train_through_zero(base)
     if added := added_ids(plan):
         add_rows(base, added, trajectory.seed, torch.device("cpu"))
-    method, weights = trajectory.method, load_weights(checkpoint, verified)
+    method, weights, started_from = trajectory.method, load_weights(checkpoint, verified), pissa.Factors()
     if method.init == "pissa":
         started_from = pissa.needed(checkpoint.store, plan, checkpoint.name)
         method, weights = pissa.over_original(method, weights, started_from)
     model: Any = apply_method(base, method, trajectory.seed, added, read(checkpoint).phase)
+    for name in started_from:  # beside their start, adapters that were frozen have weights too
+        model.get_parameter(name).requires_grad_(True)
     fill(model, weights, checkpoint)
     if trajectory.method.kind == "freeze" and model is not base:
         model = model.merge_and_unload()

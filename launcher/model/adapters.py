@@ -86,14 +86,21 @@ def last_parameters(model: PreTrainedModel, num_layers: int | None, key: str) ->
         )
     modules: list[nn.Module] = list(layers[-num_layers:])
     for parent in model.modules():
-        children = list(parent.children())
-        position = next((i for i, child in enumerate(children) if child is layers), None)
+        children = list(parent.named_children())
+        position = next((i for i, (_, child) in enumerate(children) if child is layers), None)
         if position is not None:
-            modules += children[position + 1 :]
+            modules += [child for _, child in children[position + 1 :]]
+            # OPT makes its final norm before its layers; Bloom's norm there is the embedding's.
+            modules += [child for name, child in children[:position] if is_norm(child) and "emb" not in name]
     head = model.get_output_embeddings()
     modules += [head] if head is not None else [*head_modules(model).values()]
     embedding = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
     return [parameter for module in modules for parameter in module.parameters() if id(parameter) not in embedding]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """By the name of its class: LayerNorm, LlamaRMSNorm, ..."""
+    return "norm" in type(module).__name__.lower()
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:

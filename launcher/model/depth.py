@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from launcher.model.adapters import decoder_layers
+from launcher.model.adapters import decoder_layers, last_parameters
 
 
 def layers_above(model: nn.Module) -> dict[str, int]:
@@ -21,8 +21,8 @@ def layers_above(model: nn.Module) -> dict[str, int]:
     base: Any = getattr(model, "get_base_model", lambda: model)()
     layers = decoder_layers(base)
     depths = {id(parameter): i for i, layer in enumerate(layers) for parameter in layer.parameters()}
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    of_head = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    # LFM2's final norm is named embedding_norm, GPT-NeoX's head embed_out.
+    top = {id(parameter) for parameter in last_parameters(base, 1, "optimizer.layer_decay")}
     embeddings = {
         id(parameter)
         for module in base.modules()
@@ -31,6 +31,6 @@ def layers_above(model: nn.Module) -> dict[str, int]:
     }
     above = {}
     for name, parameter in model.named_parameters():
-        below_all = id(parameter) in embeddings or ("emb" in name and id(parameter) not in of_head)
+        below_all = id(parameter) in embeddings or ("emb" in name and id(parameter) not in top)
         above[name] = len(layers) - 1 - depths.get(id(parameter), -1 if below_all else len(layers) - 1)
     return above

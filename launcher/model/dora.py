@@ -25,13 +25,14 @@ from torch import Tensor, nn
 
 from launcher.errors import ModelError
 from launcher.model.lora_layers import gather_here, other_kind, reader
+from launcher.model.token_rows import whole
 
 
 def compute_lengths(model: nn.Module) -> None:
     """Replace the forward of every adapter layer of `model`, which peft has made with DoRA.
 
     Raises:
-        ModelError: an adapter is on another layer than a linear one.
+        ModelError: an adapter is on another layer than a linear one, or a row of its weight has no length.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -48,24 +49,28 @@ def compute_lengths(model: nn.Module) -> None:
             # `model.nf4`, and a layer's first length must be the one that it is divided by.
             with torch.no_grad():
                 _magnitude(layer).copy_(lengths(layer, _magnitude(layer).dtype))
+        if not (_magnitude(layer).is_meta or _magnitude(layer).all()):  # 0 / 0 in the first step
+            raise ModelError(
+                f"method.dora: rows of {name}'s weight are zero, and have no length to be learned",
+                hint="leave that layer out of method.targets, or set method.dora to false",
+            )
         layer.forward = MethodType(_forward, layer)
 
 
 @contextlib.contextmanager
-def peft_gathers(model: nn.Module) -> Iterator[None]:
-    """Have peft gather, one after another, those weights of `model` that it reads and ZeRO-3 has partitioned."""
-    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        yield
-        return
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+def peft_gathers() -> Iterator[None]:
+    """Have peft gather, one after another, the weights that it measures and ZeRO-3 has partitioned.
 
-    # transformers keeps only a weak reference.
-    config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    It would where transformers says that ZeRO-3 is on, but then it looks for a GPU too, to read rows of added tokens.
+    """
+    from peft.tuners.lora import dora
+
+    own = dora.gather_params_ctx
+    dora.gather_params_ctx = lambda weights: whole(list(weights))
     try:
         yield
     finally:
-        del config
-        unset_hf_deepspeed_config()
+        dora.gather_params_ctx = own
 
 
 def lengths(layer: Any, dtype: torch.dtype) -> Tensor:

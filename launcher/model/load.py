@@ -198,6 +198,7 @@ def from_checkpoint(
     for name in replaced:
         anew |= {f"{name}.{inner}" for inner, _ in classifier.get_submodule(name).named_parameters()}
     if anew:
+        log.info("weights of the head that start from train.seed: %s", ", ".join(sorted(anew)))
         start_head(classifier, anew, plan.trajectory.seed)
     return classifier
 

@@ -56,7 +56,7 @@ def add_adapters(model: PreTrainedModel, method: MethodPlan, seed: int, added_id
         parameter.requires_grad_(False)
     # peft copies the rows that it finds; of a partitioned weight, none.
     to_read = [layer.weight for layer in layers.values()] if added_ids else []
-    with torch.random.fork_rng(devices=[]), peft_gathers(model) if method.dora else whole(to_read):
+    with torch.random.fork_rng(devices=[]), peft_gathers(), whole(to_read):
         torch.manual_seed(seed)
         try:
             # autocast_adapter_dtype would keep adapters in fp32 beside a bf16 base, which ZeRO's flat groups do not

@@ -128,13 +128,15 @@ def take_out(model: nn.Module) -> None:
 def over_original(
     method: MethodPlan, weights: Mapping[str, Tensor], factors: Mapping[str, Tensor]
 ) -> tuple[MethodPlan, dict[str, Tensor]]:
-    """The method and the trained weights of a run as those of adapters of rank 2r over the base as it was."""
+    """The method and the trained weights of a run as those of adapters of rank 2r over the base as it was; factors that
+    were frozen are as they started."""
     assert method.rank is not None
     assert method.alpha is not None
     doubled = dict(weights)
     for name, start in factors.items():
         sign, dim = (-1, 1) if ".lora_B." in name else (1, 0)
-        doubled[name] = torch.cat([weights[name], sign * start.to(weights[name].dtype)], dim)
+        trained = weights.get(name, start)
+        doubled[name] = torch.cat([trained, sign * start.to(trained.dtype)], dim)
     alpha = method.alpha * (math.sqrt(2) if method.rslora else 2)  # the same scale
     changes = {"rank": 2 * method.rank, "alpha": alpha, "init": "default"}
     return method.model_copy(update=changes), doubled
@@ -160,7 +162,7 @@ def kept(store: Store, plan: Plan) -> Factors | None:
         raise CheckpointError(f"{store}/{FILE} is damaged: {error}", hint=hint) from error
     if not sound:
         raise CheckpointError(f"{store}/{FILE} is damaged: content changed", hint=hint)
-    if head["trajectory"] != plan.trajectory.hash():
+    if head.get("trajectory") != plan.trajectory.hash():
         raise CheckpointError(f"{store}/{FILE} is another run's", hint=hint)
     return factors
 

@@ -32,7 +32,7 @@ def set_dropout(config: PretrainedConfig, probability: float) -> None:
             hint="leave it out; method.dropout is for adapters, train.neftune_alpha for noise on the embeddings",
         )
     for one, name in named:
-        setattr(one, name, probability)
+        vars(one)[name] = probability  # past the type that is declared: MPT's attn_pdrop is an int
 
 
 def _configurations(config: PretrainedConfig) -> list[PretrainedConfig]:

@@ -18,12 +18,13 @@ _TAKEN = ("step", "rows", "cut", "slices", "kind", "time", "attempt")
 def check_evaluate(recipe: Recipe) -> Iterator[Conflict]:
     """Every conflict in `evaluate.generate`, `evaluate.metric` and `evaluate.slices`."""
     if recipe.evaluate.generate is not None:
-        yield from _generate(recipe.evaluate.generate)
+        yield from check_generate(recipe.evaluate.generate)
     yield from _metric(recipe)
     yield from _slices(recipe)
 
 
-def _generate(generate: Generate) -> Iterator[Conflict]:
+def check_generate(generate: Generate) -> Iterator[Conflict]:
+    """Every conflict in `evaluate.generate` itself; `slipway evaluate` asks for those of its `--metrics`."""
     section = "evaluate.generate"
     if generate.top_p < 1 and generate.temperature == 0:
         keys = (f"{section}.top_p", f"{section}.temperature")

@@ -27,7 +27,12 @@ def _method(recipe: Recipe) -> Iterator[Conflict]:
 
 
 def _adapters(method: Method) -> Iterator[Conflict]:
-    asked_for = {"dora": method.dora, "rslora": method.rslora, "init": method.init != "default"}
+    asked_for = {
+        "dropout": method.dropout > 0,
+        "dora": method.dora,
+        "rslora": method.rslora,
+        "init": method.init != "default",
+    }
     if method.kind not in ("lora", "qlora"):
         for key in (key for key, asked in asked_for.items() if asked):
             keys = (f"method.{key}", "method.kind")

@@ -10,9 +10,10 @@ from typing import Any
 
 from launcher.plan.plan import Plan
 from launcher.report.ending import ending
+from launcher.report.fetch import read_history
 from launcher.report.history import History
 from launcher.report.outcome import duration_s, energy_wh, figures, tokens_per_s, training_loss, useful_share
-from launcher.report.settings import settings
+from launcher.report.settings import FINGERPRINT, settings
 
 NOT_COMPARED = ("command",)
 """Of environment.json: every run has its own."""
@@ -35,13 +36,16 @@ class Difference:
 
 
 def compare(one: Plan, other: Plan) -> dict[str, list[Difference]]:
-    """{section of SECTIONS: what differs}, of runs whose files are on this machine."""
-    plans = (one, other)
+    """{section of SECTIONS: what differs}.
+
+    Raises RunFolderError where a run cannot be read.
+    """
+    runs = [(plan, read_history(plan)) for plan in (one, other)]
     return {
         "settings": _settings(one, other),
-        "data": _differences(*(_data(plan) for plan in plans)),
-        "environment": _differences(*(_environment(plan) for plan in plans)),
-        "result": _differences(*(_result(plan) for plan in plans)),
+        "data": _differences(_data(one), _data(other)),
+        "environment": _differences(*(_environment(*run) for run in runs)),
+        "result": _differences(*(_result(*run) for run in runs)),
     }
 
 
@@ -53,7 +57,9 @@ def _settings(one: Plan, other: Plan) -> list[Difference]:
         values = tuple(setting.value if setting else None for setting in pair)
         # A scratch model lies in its run's own folder.
         own = key == "model.path" and one.trajectory.model.source == other.trajectory.model.source == "scratch"
-        if values[0] != values[1] and not own and not key.startswith("("):
+        # What follows from others says nothing more, but weights under the same name may be others by now.
+        follows = key.startswith("(") and key != FINGERPRINT
+        if values[0] != values[1] and not own and not follows:
             origins = tuple(setting.origin if setting else "" for setting in pair)
             found.append(Difference(key, (values[0], values[1]), (origins[0], origins[1])))
     return found
@@ -64,10 +70,9 @@ def _data(plan: Plan) -> dict[str, Any]:
     return facts | {f"left out: {reason}": count for reason, count in plan.data.dropped.items()}
 
 
-def _environment(plan: Plan) -> dict[str, Any]:
-    run_dir = Path(plan.run_dir)
+def _environment(plan: Plan, history: History) -> dict[str, Any]:
     try:
-        values: dict[str, Any] = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
+        values: dict[str, Any] = json.loads((Path(plan.run_dir) / "environment.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         values = {}
     found: dict[str, Any] = {"slipway": plan.version}
@@ -76,14 +81,13 @@ def _environment(plan: Plan) -> dict[str, Any]:
             found |= {inner if name == "packages" else f"{name}.{inner}": version for inner, version in value.items()}
         elif name not in NOT_COMPARED:
             found[name] = value
-    start = History(run_dir).last_start or {}
+    start = history.last_start or {}
     kinds = [str(worker.get("gpu") or "CPU") for worker in start.get("workers", [])]
     found["workers"] = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)) or None
     return found
 
 
-def _result(plan: Plan) -> dict[str, Any]:
-    history = History(Path(plan.run_dir))
+def _result(plan: Plan, history: History) -> dict[str, Any]:
     found: dict[str, Any] = {
         "end": ending(plan, history).words,
         "steps": history.step,

@@ -41,8 +41,6 @@ def ending(plan: Plan, history: History, error: SlipwayError | None = None, over
         return Ending(
             "stopped" if unfinished else "finished", verdict.message, hint=resume if verdict.kind == "stopped" else ""
         )
-    if history.failure is not None:
-        return _failed(str(history.failure["message"]), history.failure.get("hint"), "failed")
     done = f"step {history.step:,} of {plan.lifecycle.total_steps:,}"
     holder = None
     if not over:
@@ -50,6 +48,8 @@ def ending(plan: Plan, history: History, error: SlipwayError | None = None, over
             holder = held_by(open_store(plan.location))
     if holder is not None:
         return Ending("running", f"running: {done}", holder)
+    if history.failure is not None:
+        return _failed(str(history.failure["message"]), history.failure.get("hint"), "failed")
     return Ending("killed", f"ended without a word at {done}: killed, or its machine was lost", hint=resume)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from launcher.report.text import cut
+
 Tone = Literal["plain", "good", "bad"]
 Record = Mapping[str, Any]
 
@@ -31,7 +33,7 @@ def event(record: Record, before: Record | None) -> Event | None:
     tone, words = _WORDS.get(kind, ("plain", _message))
     if kind == "start" and before is not None and _launch(before) != _launch(record):
         tone = "plain"  # somebody resumed it
-    said, step = words(record), record.get("step")
+    said, step = cut(words(record)), record.get("step")
     return Event(kind, float(record["time"]), step if isinstance(step, int) else None, said, tone) if said else None
 
 

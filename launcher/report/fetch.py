@@ -1,4 +1,4 @@
-"""What a report reads of a run that lies in an object store."""
+"""What a report reads of a run, wherever that lies."""
 
 from __future__ import annotations
 
@@ -6,10 +6,28 @@ from pathlib import Path
 
 from launcher.driver import remote
 from launcher.driver.start import writable
+from launcher.errors import RunFolderError
 from launcher.plan.plan import Plan
+from launcher.report.history import History
 from launcher.store.location import is_url, open_store
 from launcher.store.spool import pull
 from launcher.store.store import Store
+
+
+def read_history(plan: Plan) -> History:
+    """A run's history, with all that belongs to it on this machine.
+
+    Raises:
+        RunFolderError: the store refuses, or a file cannot be read.
+    """
+    fetch_measured(plan)
+    try:
+        return History(Path(plan.run_dir))
+    except OSError as error:
+        raise RunFolderError(
+            f"cannot read {error.filename or plan.run_dir}: {error.strerror or error}",
+            hint="check that its disk is mounted, and who may read it",
+        ) from error
 
 
 def fetch_measured(plan: Plan) -> None:

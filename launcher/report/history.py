@@ -7,6 +7,7 @@ import json
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from heapq import merge
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,15 @@ class History:
         self.last_answers: Mapping[str, Any] = {}
         self.events: list[Event] = []
         self.timeline = Timeline()
-        self.first_start: Mapping[str, Any] | None = None
         self.last_start: Mapping[str, Any] | None = None
         self.failure: Mapping[str, Any] | None = None
         """The line `run_failed`, if nothing started after it."""
-        self.best: Mapping[str, Any] | None = None
-        """The latest line `best`."""
+        self.best_steps: list[int] = []
+        """Each better than those before it."""
+        self.step = 0
+        """The last that counts."""
+        self.epoch = 0.0
+        """How often that has gone through the training rows."""
         self.tokens = 0.0
         """Through the model, in all steps that count."""
         self.begin = self.end = 0.0
@@ -52,24 +56,19 @@ class History:
         self._times = Curve()
         """When each step was done."""
         self._tokens = Curve()
-        self._energy: dict[str, tuple[str, float, float]] = {}
-        """{what: (attempt, joules of the attempts before, joules of this one)}."""
+        self._energy: dict[str, dict[str, float]] = defaultdict(dict)
+        """{what: {attempt: joules}}."""
+        looks = []
         for record in read(run_dir):
-            self._hear(record)
-        for file in sorted((run_dir / "logs").glob("system-*.jsonl")):
-            for record in _lines(file):
-                self._system(record)
+            if record["kind"] == "system":
+                looks.append(record)
+            else:
+                self._hear(record)
+        others = map(_lines, sorted((run_dir / "logs").glob("system-*.jsonl")))
+        # A host that was the first rank's in one attempt and not in another has some of them in each place.
+        for record in merge(looks, *others, key=lambda record: float(record["time"])):
+            self._system(record)
         self.tokens = self._tokens.since(0)
-
-    @property
-    def step(self) -> int:
-        """The last that counts."""
-        return int(self._times.places[-1]) if len(self._times) else 0
-
-    def time_of(self, step: float) -> float:
-        """Seconds since 1970 at which a step was done, or the nearest before it."""
-        number = bisect_right(self._times.places, step) - 1
-        return self._times.values[number] if number >= 0 else self.begin
 
     def step_at(self, time: float) -> int:
         """The step that had been done by then; steps that were done again count when they were done last."""
@@ -83,8 +82,6 @@ class History:
         self.timeline.hear(record)
         if kind == "step":
             self._step(record, time)
-        elif kind == "system":
-            self._system(record)
         elif kind == "eval":
             self._measured(self.evals, record)
             self.last_eval = record
@@ -99,19 +96,28 @@ class History:
     def _happened(self, record: dict[str, Any]) -> None:
         kind = record["kind"]
         if kind == "best":
-            self.best = record
+            self.best_steps.append(record["step"])
         elif kind == "run_failed":
             self.failure = record
         if (happened := event(record, self.last_start)) is not None:
             self.events.append(happened)
         if kind == "start":
-            self.first_start = self.first_start or record
             self.last_start, self.failure = record, None
+            self.step = record["step"]
+            for curve in (*self.steps.values(), *self.evals.values(), *self.answers.values(), self._times):
+                curve.cut(self.step + 1)
+            self._go_back(self.step)
+        elif kind == "rollback":  # the curves stay: the run goes on after them
+            self._go_back(record["to_step"])
+
+    def _go_back(self, step: int) -> None:
+        """What came after `step` is not in the weights any more."""
+        self.best_steps = [best for best in self.best_steps if best <= step]
+        self._tokens.cut(step + 1)
 
     def _step(self, record: dict[str, Any], time: float) -> None:
-        step, seconds = record["step"], record["seconds"]
-        self._times.add(step, None)
-        before = self._times.places[-1] if len(self._times) else (self.last_start or record)["step"]
+        step, seconds, before = record["step"], record["seconds"], self.step
+        self.step, self.epoch = step, float(record.get("epoch", 0.0))
         self._times.add(step, time)
         for figure in STEP_FIGURES:
             self.steps[figure].add(step, record.get(figure))
@@ -126,9 +132,7 @@ class History:
     @staticmethod
     def _measured(curves: dict[str, Curve], record: Mapping[str, Any]) -> None:
         figures = {key: value for key, value in record.items() if key not in _NO_FIGURES}
-        if record["kind"] == "eval":
-            figures.pop("classes", None)  # of each class; a table of its own
-        for name, value in numbers(figures).items():
+        for name, value in numbers(figures).items():  # those of single classes and slices have tables of their own
             curves[name].put(record["step"], value)  # after a stop the best step is measured, which is an earlier one
 
     def _system(self, record: Mapping[str, Any]) -> None:
@@ -145,15 +149,12 @@ class History:
         self._joules("energy_j", host, record, record.get("energy_j"), at)
 
     def _joules(self, figure: str, name: str, record: Mapping[str, Any], joules: float | None, at: float) -> None:
-        """Each attempt counts from 0: add those before."""
+        """Each attempt counts from 0."""
         if joules is None:
             return
-        attempt = str(record.get("attempt"))
-        known, before, latest = self._energy.get(f"{figure} {name}", (attempt, 0.0, 0.0))
-        if attempt != known:
-            before += latest
-        self._energy[f"{figure} {name}"] = attempt, before, joules
-        self.system[figure][name].add(at, before + joules)
+        of_attempts = self._energy[f"{figure} {name}"]
+        of_attempts[str(record.get("attempt"))] = joules
+        self.system[figure][name].add(at, sum(of_attempts.values()))
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:

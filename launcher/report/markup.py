@@ -7,11 +7,13 @@ from pathlib import Path
 
 from launcher.errors import UserError
 from launcher.report.data_tables import Table
-from launcher.report.text import escaped
+from launcher.report.text import cut, escaped
 
 BEGINNING = "<!doctype html>\n"
 _WIDE_CHARACTERS = 70
 """In a table's longest line: beyond it the table takes the page's whole width."""
+MOST_LINES = 500
+"""Of one table."""
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1f2328; --faint: #59636e; --line: #d1d9e0; --tile: #f0f2f5;
@@ -83,11 +85,13 @@ def table_html(table: Table) -> str:
     )
     lines = [f"<thead><tr>{head}</tr></thead>"] if any(table.header) else []
     lines.append("<tbody>")
-    for first, *rest in table.rows:
+    for first, *rest in table.rows[:MOST_LINES]:
         cells = "".join(
-            f"<td{_side(side)}>{escaped(cell)}</td>" for cell, side in zip(rest, table.align[1:], strict=True)
+            f"<td{_side(side)}>{escaped(cut(cell))}</td>" for cell, side in zip(rest, table.align[1:], strict=True)
         )
-        lines.append(f'<tr><th scope="row">{escaped(first)}</th>{cells}</tr>')
+        lines.append(f'<tr><th scope="row">{escaped(cut(first))}</th>{cells}</tr>')
+    if left_out := len(table.rows[MOST_LINES:]):
+        lines.append(f'<tr><th scope="row">{left_out:,} more</th></tr>')
     lines.append("</tbody>")
     content = "\n".join(lines)
     longest = max((sum(map(len, row)) for row in table.rows), default=0)
@@ -105,12 +109,12 @@ def write(path: Path, text: str, option: str) -> None:
     Raises:
         UserError: `path` is something else, or cannot be written.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.parent / f".{path.name}.{os.getpid()}"
     try:
         if path.exists() and not path.read_bytes().startswith(BEGINNING.encode()):
             raise UserError(f"{path} is no page of ours, and would be lost", hint=f"give another file to {option}")
         try:
-            beside.write_text(text, encoding="utf-8")
+            beside.write_text(text, encoding="utf-8", errors="backslashreplace")
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import median
 
-from launcher.evaluate.value import smaller_is_better
+from launcher.evaluate.value import is_share, smaller_is_better
 from launcher.report.curves import Curve, smoothed
 from launcher.report.history import History
 from launcher.report.timeline import TRAINING
@@ -27,6 +27,8 @@ class Figure:
 
     name: str
     smaller_is_better: bool
+    share: bool
+    """Whether it lies between 0 and 1."""
     first: float
     first_step: int
     last: float
@@ -42,7 +44,7 @@ class Figure:
         (first, first_step), (last, last_step), (best, best_step) = (
             (float(values[end]), int(places[end])) for end in (0, -1, at)
         )
-        return cls(name, smaller, first, first_step, last, last_step, best, best_step)
+        return cls(name, smaller, is_share(metric), first, first_step, last, last_step, best, best_step)
 
     @property
     def gain(self) -> float:

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from launcher.evaluate.value import is_share
 from launcher.plan.plan import Plan
 from launcher.report.curves import Curve, smoothed, spread, thinned
 from launcher.report.history import History
@@ -17,7 +18,6 @@ from launcher.report.outcome import EVALUATED
 Unit = Literal["", "share", "percent", "bytes", "per_s", "watt", "joule"]
 MOST_LINES = 8
 """GPUs or hosts shown one by one; beyond them their mean, least and greatest."""
-_SHARES = ("exact_match", "numeric", "accuracy", "macro", "precision", "recall", "f1", "rouge")
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,3 @@ def _points(curves: dict[str, Curve], names: Iterable[str]) -> list[Line]:
 def _answered(history: History, shares: bool) -> list[Line]:
     names = [name for name in history.answers if is_share(name) is shares]
     return _points(history.answers, names)
-
-
-def is_share(metric: str) -> bool:
-    """Whether a figure of `answers` lies between 0 and 1, by its name."""
-    return any(word in metric for word in _SHARES)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.evaluate.slices import GAP
 from launcher.plan.plan import Plan
 from launcher.report.data_parts import data_plots, shown_rows
 from launcher.report.data_rows import Row, place
@@ -14,44 +15,50 @@ from launcher.report.data_tables import Table, fact_table, tables
 from launcher.report.history import History
 from launcher.report.markup import section, table_html
 from launcher.report.settings import Setting, settings
-from launcher.report.text import escaped
+from launcher.report.text import cut, escaped
 
 if TYPE_CHECKING:
     from launcher.data.prepare.report import Report
 
 SHOWN_ANSWERS, FIRST_ANSWERS = 24, 6
 """All, and those that are seen at once."""
-MOST_CHARACTERS = 2000
-"""Of one text in an answer."""
+MOST_GROUPS = 200
+"""In a table of slices or classes: those of the most rows."""
 MOST_TOKENS = 4000
 """Of the rows that are shown token by token: about 250 KB."""
 
 
-def answer_section(run_dir: Path, history: History) -> str:
+def answer_section(plan: Plan, history: History) -> str:
     """Answers, or predicted classes, before training beside those to the same questions after it."""
+    run_dir = Path(plan.run_dir)
     kind = next((kind for kind in ("answers", "predictions") if any(run_dir.glob(f"{kind}-*.jsonl"))), None)
     if kind is None:
         return ""
     files = sorted(run_dir.glob(f"{kind}-*.jsonl"))
     # Of the step that became the model, which is not the last one where the run went back to its best.
-    of_model = run_dir / f"{kind}-{history.last_answers.get('step', history.step):08d}.jsonl"
+    step = history.best_steps[-1] if plan.lifecycle.export_best and history.best_steps else history.step
+    of_model = run_dir / f"{kind}-{step:08d}.jsonl"
     ends = files[0], of_model if of_model in files else files[-1]
-    first, last = (_answers(file) for file in ends)
-    steps = [int(file.stem.rpartition("-")[2]) for file in ends]
+    first, last = _answers(ends[0]) if ends[0] != ends[1] else {}, _answers(ends[1])
+    titles = ["expected", *map(_when, ends)]
     pairs = [(first.get(where), answer) for where, answer in last.items()]
     # Those that have changed say more than those that were right, or wrong, all along.
     changed = [pair for pair in pairs if pair[0] and _correct(pair[0]) != _correct(pair[1])]
     chosen = _spread(changed, SHOWN_ANSWERS // 2)
     chosen += _spread([pair for pair in pairs if pair not in chosen], SHOWN_ANSWERS - len(chosen))
     said = f"{len(chosen):,} of {len(last):,} questions" + (", those with another verdict first" if changed else "")
-    if cut := history.last_answers.get("cut"):
-        said += f"; {cut:,} answers were longer than evaluate.generate.max_new_tokens and are cut off"
-    titles = ["expected", *(f"after step {step:,}" if step else "before training" for step in steps[: len(files)])]
-    items = [_answer(before if len(files) > 1 else None, after, titles) for before, after in chosen]
+    if num_cut := history.last_answers.get("cut"):
+        said += f"; {num_cut:,} answers were longer than evaluate.generate.max_new_tokens and are cut off"
+    items = [_answer(before, after, titles) for before, after in chosen]
     rest = "\n".join(items[FIRST_ANSWERS:])
     more = f"<details><summary>{len(items) - FIRST_ANSWERS} more</summary>\n{rest}\n</details>" if rest else ""
     seen = "\n".join(items[:FIRST_ANSWERS])
     return section("answers", "Answers", f'<p class="faint">{said}</p>\n{seen}\n{more}')
+
+
+def _when(file: Path) -> str:
+    step = int(file.stem.rpartition("-")[2])
+    return f"after step {step:,}" if step else "before training"
 
 
 def _answers(file: Path) -> dict[str, dict[str, Any]]:
@@ -81,15 +88,18 @@ def _spread(pairs: list[Any], most: int) -> list[Any]:
     return [pairs[len(pairs) * i // most] for i in range(most)] if len(pairs) > most else list(pairs)
 
 
-def _answer(before: Mapping[str, Any] | None, after: Mapping[str, Any], titles: list[str]) -> str:
-    sides: list[tuple[str, bool | None]] = [(str(after.get("reference", "")), None)]
-    sides += [(str(one.get("answer", "")), _correct(one)) for one in (before, after) if one is not None]
+def _answer(before: Mapping[str, Any] | None, after: Mapping[str, Any], titles: Sequence[str]) -> str:
+    """One question; `titles` are those of what is expected, of `before` and of `after`."""
+    sides: list[tuple[str, str, bool | None]] = [(titles[0], str(after.get("reference", "")), None)]
+    for title, one in zip(titles[1:], (before, after), strict=True):
+        if one is not None:
+            sides.append((title, str(one.get("answer", "")), _correct(one)))
     cells = "\n".join(
         f'<div><h4>{escaped(title)}</h4><p class="said{_mark(correct)}" dir="auto">{_cut(text)}</p></div>'
-        for title, (text, correct) in zip(titles, sides, strict=False)
+        for title, text, correct in sides
     )
     return (
-        f'<div class="answer"><h4>{escaped(Path(str(after.get("where", ""))).name)}</h4>\n'
+        f'<div class="answer"><h4>{_cut(Path(str(after.get("where", ""))).name)}</h4>\n'
         f'<p class="said prompt" dir="auto">{_cut(str(after.get("prompt", "")))}</p>\n'
         f'<div class="sides">\n{cells}\n</div></div>'
     )
@@ -100,8 +110,7 @@ def _mark(correct: bool | None) -> str:
 
 
 def _cut(text: str) -> str:
-    text = text.strip()
-    return escaped(text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + " ...")
+    return escaped(cut(text.strip()))
 
 
 def slice_section(history: History) -> str:
@@ -109,26 +118,33 @@ def slice_section(history: History) -> str:
     found = []
     for record, what in ((history.last_eval, "held-out rows"), (history.last_answers, "answers")):
         for column, values in record.get("slices", {}).items():
-            found.append(_slices(f"{column}: {what} at step {record['step']:,}", values))
+            groups = {value: figures for value, figures in values.items() if value != GAP}
+            found.append(_groups(f"{column}: {what} at step {record['step']:,}", groups, values.get(GAP, {})))
     answered = history.last_answers.get("classes") or {}
     of_classes = (history.last_eval, history.last_eval.get("classes")), (history.last_answers, answered.get("of"))
     for record, classes in of_classes:
         if classes:
-            found.append(_slices(f"classes at step {record['step']:,}", classes))
+            found.append(_groups(f"classes at step {record['step']:,}", classes, {}))
     return section("slices", "By group", "\n".join(found), "grid") if found else ""
 
 
-def _slices(title: str, values: Mapping[str, Any]) -> str:
-    gap = values.get("gap", {})
-    groups = {value: _flat(figures) for value, figures in values.items() if value != "gap"}
-    names = list(dict.fromkeys(name for figures in groups.values() for name in figures))
-    rows = [(value, *(_number(figures.get(name)) for name in names)) for value, figures in groups.items()]
+def _groups(title: str, groups: Mapping[str, Mapping[str, Any]], gap: Mapping[str, Any]) -> str:
+    """A table of the figures of each group, and how far apart they are where there is a `gap`."""
+    left_out = len(groups) - MOST_GROUPS
+    if left_out > 0:
+        most = sorted(groups, key=lambda value: -groups[value].get("rows", 0))[:MOST_GROUPS]
+        groups = {value: groups[value] for value in most}
+    found = {value: _flat(figures) for value, figures in groups.items()}
+    names = list(dict.fromkeys(name for figures in found.values() for name in figures))
+    rows = [(value, *(_number(figures.get(name)) for name in names)) for value, figures in found.items()]
     flat = _flat(gap)
     if gap:
         rows.append(("best - worst", *("" if name == "rows" else _number(flat.get(name)) for name in names)))
     table = table_html(Table(title, ("", *names), tuple(rows), "l" + "r" * len(names)))
-    least = gap.get("least_rows")
-    return table + (f'<p class="faint">best - worst: of groups of at least {least} rows</p>' if least else "")
+    notes = [f"{left_out:,} groups of fewer rows are not shown"] if left_out > 0 else []
+    if least := gap.get("least_rows"):
+        notes.append(f"best - worst: of groups of at least {least} rows")
+    return table + (f'<p class="faint">{"; ".join(notes)}</p>' if notes else "")
 
 
 def _flat(figures: Mapping[str, Any], before: str = "") -> dict[str, float]:

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.checkpoint.lease import current
 from launcher.driver.resume import latest_verdict
 from launcher.driver.start import DATA
 from launcher.errors import DataError, Interrupted, RunFolderError, SlipwayError, Superseded
@@ -57,7 +58,7 @@ def page(plan: Plan, history: History, ended: Ending) -> str:
         "plots": sections.plot_section(drawn),
         "time": sections.time_section(history),
         "events": sections.event_section(history),
-        "answers": details.answer_section(run_dir, history),
+        "answers": details.answer_section(plan, history),
         "slices": details.slice_section(history),
         "data": details.data_section(plan, report, _findings(report), rows_shown),
         "settings": details.settings_section(plan),
@@ -92,11 +93,10 @@ def write_at_end(plan: Plan, error: SlipwayError | None = None) -> None:
         if not isinstance(error, Interrupted):  # who stops a run does not wait for its store
             with contextlib.suppress(RunFolderError):
                 fetch_measured(plan)
+            if error is not None and latest_verdict(plan.location) is None:
+                _write_down(plan, error)
         history = History(Path(plan.run_dir))
-        ended = ending(plan, history, error, over=True)
-        if ended.state == "failed" and latest_verdict(plan.location) is None:
-            _write_down(plan, ended)
-        keep(plan, page(plan, history, ended))
+        keep(plan, page(plan, history, ending(plan, history, error, over=True)))
     except Interrupted:  # a signal meanwhile
         raise
     except Exception as problem:  # of whatever kind
@@ -111,13 +111,14 @@ def keep(plan: Plan, content: str) -> None:
         open_store(plan.location).write(FILE, encoded)
 
 
-def _write_down(plan: Plan, ended: Ending) -> None:
+def _write_down(plan: Plan, error: SlipwayError) -> None:
     """The root cause, for whoever looks at the run later; the line counts until the run goes on."""
     run_dir = Path(plan.run_dir)
     attempt = str((latest_start(run_dir) or {}).get("attempt", "0.0"))
+    with contextlib.suppress(OSError, SlipwayError):  # this launch may have failed before its start
+        attempt = str(current(open_store(plan.location)) or attempt)
     metrics = MetricsLog(run_dir, attempt, writes=True)
-    message = f"{ended.words}\n{ended.detail}" if ended.detail else ended.words
-    metrics.write("run_failed", message=message, hint=ended.hint or None)
+    metrics.write("run_failed", message=error.message, hint=error.hint)
     metrics.close()
 
 

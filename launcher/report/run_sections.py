@@ -19,20 +19,22 @@ from launcher.report.outcome import (
     training_loss,
     useful_share,
 )
-from launcher.report.plots import Plot, is_share
-from launcher.report.text import escaped
+from launcher.report.plots import Plot
+from launcher.report.text import cut, escaped
 from launcher.report.timeline import MEANINGS
 from launcher.units import format_count, format_seconds
 
 MOST_EVENTS = 200
 """Listed and drawn: the latest. A thousand spikes are no news."""
+MOST_DETAIL = 20_000
+"""Characters below a root cause: the last lines that its rank printed, each of which may be long."""
 
 
 def header(plan: Plan, history: History, ended: Ending, sections: dict[str, str]) -> str:
     """Name, verdict, root cause, what was run, and links to the `sections` {id: title}."""
     trajectory, layout = plan.trajectory, plan.layout
     model = "a scratch model" if trajectory.model.source == "scratch" else trajectory.model.path
-    began = datetime.fromtimestamp(history.begin).strftime("%Y-%m-%d %H:%M") if history.begin else "not begun"
+    began = f"{datetime.fromtimestamp(history.begin).astimezone():%Y-%m-%d %H:%M %Z}" if history.begin else "not begun"
     size = (history.last_start or {}).get("world_size", layout.workers)
     kind = "GPU" if layout.device == "cuda" else "CPU worker"
     facts = [
@@ -40,13 +42,14 @@ def header(plan: Plan, history: History, ended: Ending, sections: dict[str, str]
         f"{trajectory.dtype}, ZeRO {layout.zero}, {size} {kind}{'s' * (size > 1)}",
         began,
     ]
-    detail = f"<pre>{escaped(ended.detail)}</pre>\n" if ended.detail and ended.state == "failed" else ""
+    told = cut(ended.detail, MOST_DETAIL) if ended.state == "failed" else ""
+    detail = f"<pre>{escaped(told)}</pre>\n" if told else ""
     hint = f'<p class="faint">{escaped(ended.hint)}</p>\n' if ended.hint else ""
     links = "".join(f'<a href="#{identity}">{escaped(title)}</a>' for identity, title in sections.items())
     chip = f'<span class="state {ended.state}">{ended.state}</span>'
     return (
         f'<header class="{ended.state}">\n<h1>{escaped(plan.name)}{chip}</h1>\n'
-        f'<p class="verdict">{escaped(ended.words)}</p>\n{detail}{hint}'
+        f'<p class="verdict">{escaped(cut(ended.words))}</p>\n{detail}{hint}'
         f'<p class="faint">{escaped(" · ".join(facts))}</p>\n<nav aria-label="Sections">{links}</nav>\n</header>'
     )
 
@@ -57,7 +60,7 @@ def tiles(plan: Plan, history: History) -> str:
     launches = history.timeline.launches
     total = plan.lifecycle.total_steps
     found.append(("Duration", format_seconds(duration_s(history)), f"in {launches} launches" if launches > 1 else ""))
-    epochs = f"{history.tokens / max(plan.data.train_tokens, 1):.2g} epochs" if history.tokens else ""
+    epochs = f"{history.epoch:.3g} epochs" if history.epoch else ""
     found.append(("Steps", f"{history.step:,}", f"of {total:,}" + (f", {epochs}" if epochs else "")))
     if (loss := training_loss(history)) is not None:
         found.append(("Training loss", f"{loss:.4g}", f"{history.steps['loss'].first:.4g} at first"))
@@ -85,14 +88,13 @@ def results(history: History) -> str:
     """Each measurement before, at its best and after."""
     lines = []
     for figure in figures(history):
-        share = is_share(figure.name)
         kind = "good-words" if figure.gain > 0 else "bad-words" if figure.gain < 0 else "faint"
         change = figure.last - figure.first
         cells = [
-            _at(figure.first, figure.first_step, share),
-            _at(figure.best, figure.best_step, share),
-            _at(figure.last, figure.last_step, share),
-            f'<span class="{kind}">{_value(change, share, "+")}</span>',
+            _at(figure.first, figure.first_step, figure.share),
+            _at(figure.best, figure.best_step, figure.share),
+            _at(figure.last, figure.last_step, figure.share),
+            f'<span class="{kind}">{_value(change, figure.share, "+")}</span>',
         ]
         row = "".join(f'<td class="r">{cell}</td>' for cell in cells)
         way = "smaller is better" if figure.smaller_is_better else "greater is better"

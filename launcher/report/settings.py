@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.plan.plan import Plan
+from launcher.recipe.secret import masked
 
+FINGERPRINT = "(model) fingerprint"
 _KEYS = {
     "trajectory.optimizer.max_grad_norm": "train.max_grad_norm",
     "trajectory.task": "task",
     "trajectory.model.source": "(model) source",
-    "trajectory.model.fingerprint": "(model) fingerprint",
+    "trajectory.model.fingerprint": FINGERPRINT,
     "trajectory.model.": "model.",
     "trajectory.method.": "method.",
     "trajectory.data.retain": "evaluate.retain.sources",
@@ -89,10 +91,10 @@ class Setting:
 
 
 def settings(plan: Plan) -> dict[str, Setting]:
-    """{key: value and origin}, in the order of the Plan."""
+    """{key: value and origin}, in the order of the Plan; without passwords in URLs."""
     found: dict[str, Setting] = {}
     for part in ("trajectory", "layout", "lifecycle"):
-        for place, value in _leaves(getattr(plan, part).model_dump(mode="json"), part):
+        for place, value in _leaves(json.loads(masked(getattr(plan, part).model_dump_json())), part):
             key = _key(place)
             shown = _WORDS[key][value] if key in _WORDS else value
             found[key] = Setting(shown, _origin(key, plan.origins))

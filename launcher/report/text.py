@@ -5,8 +5,13 @@ from __future__ import annotations
 import re
 from html import escape
 
+from launcher.recipe.secret import masked
+
 _INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 """Control characters but tab and newline, marks that turn the direction of writing, halves of surrogate pairs."""
+
+MOST_CHARACTERS = 2000
+"""Of one text in a page."""
 
 
 def visible(text: str) -> str:
@@ -18,5 +23,10 @@ def visible(text: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text that a page shows as it is."""
-    return escape(visible(text))
+    """Text that a page shows as it is, but for passwords in URLs: a page is sent to others."""
+    return escape(visible(masked(text)))
+
+
+def cut(text: str, most: int = MOST_CHARACTERS) -> str:
+    """`text`, or its beginning where it is longer than `most` characters."""
+    return text if len(text) <= most else text[:most] + " ..."

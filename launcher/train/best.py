@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import weakref
 
 import torch.distributed as dist
 
@@ -42,6 +44,8 @@ def out_of_patience(progress: Progress, life: Lifecycle) -> str | None:
     """Why early stopping ends the run, where it does."""
     if life.early_stopping is None or progress.bad_evaluations < life.early_stopping.patience:
         return None
+    if progress.metric != life.metric:  # changed by a resume: nothing has been measured by it yet
+        return None
     none = f"no better in {progress.bad_evaluations} evaluation{'s' * (progress.bad_evaluations > 1)}"
     if progress.best_value is None:
         return f"{life.metric} was {none} and never a number"
@@ -57,6 +61,7 @@ def restore(parts: Parts, progress: Progress) -> Progress:
     life, saver = parts.plan.lifecycle, parts.saver
     if not life.export_best:
         return progress
+    engine = weakref.ref(parts.engine)
     first = dist.get_rank() == 0
     doing = f"looking for the best checkpoint in {saver.store}"
     ranked = together(
@@ -64,21 +69,22 @@ def restore(parts: Parts, progress: Progress) -> Progress:
         lambda: [found.step for found in best_first(committed(saver.store), life.metric)] if first else [],
         saver.group,
     )[0]
-    for step in ranked:
-        if step == progress.step:
-            return progress
-        try:
-            with parts.watch.part("checkpoint"):
+    with parts.watch.part("checkpoint"):
+        for step in itertools.takewhile(lambda step: step != progress.step, ranked):
+            try:
                 return load_checkpoint(parts, Checkpoint(saver.store, step), goes_on=False)
-        except DamagedCheckpoint as error:
-            parts.log.write("damaged_checkpoint", message=error.message)
-    return progress
+            except DamagedCheckpoint as error:
+                parts.log.write("damaged_checkpoint", message=error.message)
+        if parts.engine is engine():
+            return progress
+        # One that turned out to be damaged was of an earlier phase, and the engine was built anew for it.
+        return load_checkpoint(parts, Checkpoint(saver.store, progress.step), goes_on=False)
 
 
 def introduced(progress: Progress, chosen: Progress, said: bool) -> str:
-    """A clause of a run's last words: whose weights the model has, where they are not those of the last step. What was
-    best may have been `said` before."""
-    if chosen.step == progress.step:
+    """A clause of a run's last words: whose weights the model has, where they are not those of the last step, or where
+    it was `said` before which one was best."""
+    if chosen.step == progress.step and not said:
         return ""
     best = not said and chosen.step == progress.best_step and progress.best_value is not None
     where = f", where {progress.metric} was best ({progress.best_value:.4f})" if best else ""

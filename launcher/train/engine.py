@@ -94,6 +94,11 @@ def optimizer_step(engine: Any, plan: Plan, update: bool = True) -> float | None
         update = update and bool(torch.isfinite(norm))  # in all other cases DeepSpeed looks itself
     with contextlib.nullcontext() if update else without_update(engine):
         engine.step()
+    if plan.layout.offload and getattr(engine.optimizer, "overflow", False):
+        # Offloaded, stages 1 and 2 of DeepSpeed 0.19.8 keep the sums of a bf16 step that they drop, and add to them
+        # what comes later: no norm would be a number any more.
+        sums = getattr(engine.optimizer, "averaged_gradients", {})
+        sums.update(dict.fromkeys(sums))
     norm = engine.get_global_grad_norm() if norm is None else norm
     return float(norm) if norm is not None else None
 

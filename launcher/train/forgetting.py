@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from launcher.plan.plan import Lifecycle
@@ -17,6 +18,8 @@ class Forgetting:
     now: float
     limit: float
     """The loss beyond which it is too much."""
+    rise: float
+    """Of the loss, as a share of what it was; infinite where that was nothing."""
     ends: bool
     """Whether the run ends."""
     message: str
@@ -30,8 +33,9 @@ def forgetting(progress: Progress, life: Lifecycle) -> Forgetting | None:
     limit = before * (1 + life.retain.limit)
     if now <= limit:
         return None
+    rise = now / before - 1 if before else math.inf
     message = (
         f"forgetting: the loss on evaluate.retain was {before:.4f} before the first step and is {now:.4f} now, "
-        f"{now / before - 1:+.0%}; its limit is {life.retain.limit:+.0%}"
+        f"{rise:+.0%}; its limit is {life.retain.limit:+.0%}"
     )
-    return Forgetting(before, now, limit, life.retain.action == "stop", message)
+    return Forgetting(before, now, limit, rise, life.retain.action == "stop", message)

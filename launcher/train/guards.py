@@ -29,7 +29,7 @@ def heed(
     Raises DataError where neither has what `evaluate.metric` names, unless that is the loss, as it is by default.
     """
     life, step = parts.plan.lifecycle, progress.step
-    losses = evaluated or {}
+    losses, progress.heeded_step = evaluated or {}, step
     progress.retain_loss = losses.get("retain_loss")
     forgotten = forgetting(progress, life)
     if forgotten is None:
@@ -44,6 +44,12 @@ def heed(
     if progress.best_step == step:
         parts.log.write("best", step=step, metric=life.metric, value=progress.best_value)
     _look_back(parts, progress, losses.get("loss"))
+
+
+def missed(progress: Progress, life: Lifecycle) -> bool:
+    """Whether the evaluation of this step is still to come: a stop was faster, and the run was resumed."""
+    due = progress.step % life.eval_every_steps == 0 and progress.step < life.total_steps
+    return due and progress.heeded_step != progress.step
 
 
 def over(progress: Progress, life: Lifecycle) -> str | None:
@@ -63,16 +69,17 @@ def how_to_go_on(progress: Progress, life: Lifecycle, location: str) -> str:
     """The hint for a run that a guard has ended."""
     forgotten = forgetting(progress, life)
     if forgotten is not None and forgotten.ends:
-        enough = math.ceil(10 * (forgotten.now / forgotten.before - 1) + 1) / 10
-        on = f"slipway resume {location} evaluate.retain.limit={enough:g}"
+        rise = forgotten.rise
+        more = f"limit={math.ceil(10 * rise + 1) / 10:.1f}" if math.isfinite(rise) else "action=warn"
+        on = f"slipway resume {location} evaluate.retain.{more}"
         return f"a new run with data.replay forgets less; to go on all the same: {on}"
-    more = progress.bad_evaluations + (life.early_stopping.patience if life.early_stopping else 0)
-    return f"to go on all the same: slipway resume {location} evaluate.early_stopping.patience={more}"
+    patience = progress.bad_evaluations + (life.early_stopping.patience if life.early_stopping else 0)
+    return f"to go on all the same: slipway resume {location} evaluate.early_stopping.patience={patience}"
 
 
 def _look_back(parts: Parts, progress: Progress, held_out: float | None) -> None:
     """Add an evaluation to the history, and say once that the model has begun to overfit."""
-    if held_out is None or not progress.loss_count:
+    if held_out is None or not math.isfinite(held_out) or not progress.loss_count:
         return
     progress.history.append([progress.step, progress.loss_sum / progress.loss_count, held_out])
     progress.loss_sum, progress.loss_count = 0.0, 0

@@ -19,7 +19,7 @@ from launcher.train.beat import SUMS, doing, mark
 from launcher.train.best import restore
 from launcher.train.ending import Ended, ended
 from launcher.train.engine import optimizer_step as step_engine
-from launcher.train.guards import keeps_best, over
+from launcher.train.guards import keeps_best, missed, over
 from launcher.train.measure import baseline, finish, measure
 from launcher.train.optimizer import set_learning_rate
 from launcher.train.parts import Parts, Progress
@@ -62,10 +62,12 @@ def train(parts: Parts, progress: Progress) -> Verdict:
     plan, life, resumed_at = parts.plan, parts.plan.lifecycle, progress.step
     clock, saved_at = time.monotonic() - progress.elapsed_s, time.monotonic()
     slow = False
-    if over(progress, life) and progress.step < life.total_steps:
-        return end(parts, progress, "stopped_early", saved=True)
     if progress.step == 0 and not baseline(parts, progress):
         return Verdict("stopped", 0, "stopped before the first step")
+    if progress.step > 0 and missed(progress, life) and measure(parts, progress) is None:
+        return stop(parts, progress, resumed_at)
+    if over(progress, life) and progress.step < life.total_steps:
+        return end(parts, progress, "stopped_early", saved=True)
     startup.ended("answers before training")
     parts.watch.lap()
     while progress.step < life.total_steps:
@@ -202,7 +204,7 @@ def optimizer_step(
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Random state as a function of (seed, step, rank): a resumed run needs none saved to draw the same dropout
     masks."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**64)  # of more bits torch takes no seed
 
 
 def agree(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from launcher.model.adapters import is_norm
 from launcher.model.depth import layers_above
 from launcher.plan.plan import Plan
 from launcher.train.lion import Lion
@@ -52,7 +53,10 @@ def parameter_groups(model: torch.nn.Module, plan: Plan) -> list[dict[str, Any]]
             rate = optimizer.layer_decay ** above.get(name, 0)
             if "lora_B" in name or "lora_embedding_B" in name:
                 rate *= optimizer.lora_plus_ratio
-            members[Group(getattr(parameter, "phase", 0), rate, len(shape) <= 1)].append(parameter)
+            # Experts' biases in one tensor and Cohere's norm of each head have two dimensions.
+            owner, _, own_name = name.rpartition(".")
+            kept = len(shape) <= 1 or own_name.endswith("bias") or is_norm(model.get_submodule(owner))
+            members[Group(getattr(parameter, "phase", 0), rate, kept)].append(parameter)
     return [
         {
             "params": members[group],

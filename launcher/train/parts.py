@@ -40,6 +40,8 @@ class Progress:
     """When the test rows were answered last."""
     phase: int = 0
     """Of gradual unfreezing: what has been trained so far."""
+    heeded_step: int | None = None
+    """The step of the evaluation that the guards have taken in last."""
     metric: str = "loss"
     """What `score` and `best_value` are of: `evaluate.metric`."""
     score: float | None = None

@@ -28,6 +28,7 @@ from launcher.checkpoint.saver import Saver
 from launcher.checkpoint.together import together
 from launcher.data.loader import EvalData, TrainData
 from launcher.errors import AuditError, ModelError, SlipwayError
+from launcher.model.positions import refuse_too_long
 from launcher.plan.batch import BatchLayout, batch_layout
 from launcher.plan.plan import Plan
 from launcher.store.location import open_store
@@ -175,6 +176,7 @@ def build_parts(
 
     trajectory, folder = plan.trajectory, Path(plan.data.folder)
     tokenizer, test_rows = AutoTokenizer.from_pretrained(folder / "tokenizer"), open_test_rows(plan)
+    refuse_too_long(plan, test_rows or ())
     phase = phase_to_begin_with(plan, store)
     engine, loss = build_network(plan, batch, device, phase, tokenizer, Audit(plan, device, metrics.write))
     life, retain = plan.lifecycle, plan.lifecycle.retain

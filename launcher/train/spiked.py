@@ -56,20 +56,21 @@ def respond(parts: Parts, progress: Progress, spike: Spike) -> Verdict | None:
     Raises CheckpointError where the run is to go back to a checkpoint, and none of those that are there is whole.
     """
     most = parts.plan.lifecycle.guard.most
+    too_often = spike.left_out and progress.spikes >= most
     parts.log.write(
         "spike",
         step=spike.step,
         loss=spike.loss if spike.finite else None,
         mean=spike.mean,
         deviations=spike.deviations,
-        action=spike.action,
+        action="stop" if too_often else spike.action,
         message=spike.message,
     )
     if spike.action == "warn":
         return None
     if spike.action == "stop":
         return _ended(parts, spike, spike.message)
-    if progress.spikes >= most:
+    if too_often:
         times = f"{most} time{'s' * (most > 1)}"
         return _ended(parts, spike, f"{spike.message}; steps were left out {times} before, which is guard.most")
     progress.spikes += 1

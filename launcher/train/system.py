@@ -22,6 +22,8 @@ from launcher.train.metrics import FILE, MetricsLog
 log = logging.getLogger(__name__)
 
 POWERCAP = Path("/sys/class/powercap")
+LAST_LOOK_S = 10.0
+"""How long the end of a run waits for it: a driver may hang."""
 
 
 @contextlib.contextmanager
@@ -39,7 +41,7 @@ def sampled(run_dir: Path, attempt: str, rank: int, every_s: float | None) -> It
         yield
     finally:
         ended.set()
-        thread.join(every_s)
+        thread.join(LAST_LOOK_S)
 
 
 def own_files() -> list[str]:

@@ -12,21 +12,11 @@ import torch.distributed as dist
 
 from launcher.data.prepare import prepare
 from launcher.model.scratch import create_scratch
-from launcher.plan.plan import Plan, SchedulePlan
+from launcher.plan.plan import Plan
 from launcher.train.metrics import last_of_each_step
 from launcher.train.verdict import Verdict
 from tests.distributed.tiny import quiet
-from tests.plans import (
-    data_plan,
-    held_out,
-    layout_plan,
-    lifecycle,
-    method_plan,
-    model_plan,
-    optimizer_plan,
-    source_plan,
-    trajectory,
-)
+from tests.plans import data_plan, held_out, method_plan, model_plan, short_run, source_plan
 
 STEPS = 20
 GLOBAL_BATCH = 6
@@ -86,26 +76,7 @@ def tiny_run(
     ).model_copy(update=of_data or {})
     facts = prepare(model, data, seed=3, cache_dir=root / "prepared")
     create_scratch(model, Path(facts.folder) / "tokenizer", 3, root / "base")
-    return Plan(
-        name="tiny",
-        run_dir=str(root / "run"),
-        location=str(root / "run"),
-        version="0",
-        recipe_hash="",
-        trajectory=trajectory(
-            model,
-            data,
-            data_content_hash=facts.content_hash,
-            seed=24,  # one by which every batch of the first steps has rows of both kinds
-            global_batch_size=GLOBAL_BATCH,
-            optimizer=optimizer_plan(lr=2e-3, betas=(0.9, 0.99), weight_decay=0.1),
-            schedule=SchedulePlan(kind="cosine", warmup=3, min_lr_ratio=0.1),
-        ),
-        layout=layout_plan(micro_batch_size=GLOBAL_BATCH),
-        lifecycle=lifecycle(STEPS),
-        data=facts,
-        origins={},
-    )
+    return short_run(root, model, data, facts, STEPS, GLOBAL_BATCH)
 
 
 def variant(plan: Plan, name: str, **changes: Any) -> Plan:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
 from launcher.checkpoint.choose import chosen
-from launcher.checkpoint.layout import committed
 from launcher.checkpoint.manifest import read as read_manifest
 from launcher.data.prepare import prepare
 from launcher.model.scratch import create_scratch
 from launcher.plan.plan import EarlyStoppingPlan, Plan, ReplayPlan, RetainPlan, SchedulePlan
-from launcher.store.folder import FolderStore
+from launcher.train.beat import doing
 from launcher.train.metrics import read
 from launcher.train.verdict import Verdict
 from tests.checkpoints import checkpoint_at
@@ -28,7 +29,7 @@ from tests.plans import data_plan, held_out, model_plan, optimizer_plan, source_
 
 pytestmark = pytest.mark.distributed
 
-EVERY, MOST = 8, 160
+EVERY, MOST = 4, 40
 STILL = SchedulePlan(kind="constant", warmup=0.0, min_lr_ratio=1.0)
 
 
@@ -36,8 +37,16 @@ def lines(plan: Plan, *kinds: str) -> list[dict[str, Any]]:
     return [record for record in read(Path(plan.run_dir)) if record["kind"] in kinds]
 
 
-def saved_steps(plan: Plan) -> list[int]:
-    return [checkpoint.step for checkpoint in committed(FolderStore(Path(plan.run_dir)))]
+def write(path: Path, rows: Sequence[dict[str, str]]) -> Any:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return source_plan(path, format="prompt_completion")
+
+
+def task_plan(root: Path, name: str, model: Any, data: Any, steps: int, like: Plan, **changes: Any) -> Plan:
+    facts = prepare(model, data, seed=3, cache_dir=root / "prepared")
+    learned = {"model": model, "data": data, "data_content_hash": facts.content_hash, "schedule": STILL}
+    plan = variant(like, name, **learned, total_steps=steps, max_steps=steps, **changes)
+    return plan.model_copy(update={"data": facts})
 
 
 # Overfitting on purpose
@@ -58,11 +67,19 @@ def gap_to_probe(plan: Plan, step: int) -> float:
     return float((logits_of(model, probe[0]) - probe[1]).abs().max())
 
 
-def overfit(plan: Plan) -> list[tuple[Verdict, float]]:
-    """Train until it stops early; again; with more patience; and, best damaged, once more. Each verdict, and how far
-    the probe is from the checkpoint that the model is made from. Collective."""
+Turn = tuple[Plan, Verdict, float]
+"""A plan as it was resumed, how it ended, and how far the probe is from the checkpoint that the model is made from."""
+
+
+def at_the_first_evaluation(_: Path) -> bool:
+    return doing.step == EVERY
+
+
+def overfit(plan: Plan, names: Sequence[str]) -> list[Turn]:
+    """Train up to a stop during the first evaluation; on until it stops early; again; with more patience; and, the best
+    damaged, once more. Collective."""
     found = []
-    for turn in ("first", "again", "patient", "damaged"):
+    for turn in names:
         if turn == "patient":
             plan = variant(plan, Path(plan.run_dir).name, early_stopping=patience(4))
         if turn == "damaged" and dist.get_rank() == 0:
@@ -71,43 +88,52 @@ def overfit(plan: Plan) -> list[tuple[Verdict, float]]:
             content = shard.read_bytes()
             shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         dist.barrier()
-        (verdict,) = train_all([plan])
+        stops = mock.patch("launcher.train.run.stop_requested", at_the_first_evaluation)
+        with stops if turn == "stopped" else contextlib.nullcontext():
+            (verdict,) = train_all([plan])
         gap = 0.0
-        if dist.get_rank() == 0:
+        if turn != "stopped" and dist.get_rank() == 0:
             gap = gap_to_probe(plan, chosen(plan, "best")[0].step)
         dist.barrier()
-        found.append((verdict, gap))
+        found.append((plan, verdict, gap))
     return found
 
 
+def turns(plan: Plan, *names: str) -> dict[str, Turn]:
+    ranks = run_group(2, overfit, plan, names, timeout_s=300)
+    assert [verdict for _, verdict, _ in ranks[0]] == [verdict for _, verdict, _ in ranks[1]]
+    return dict(zip(names, ranks[0], strict=True))
+
+
 @pytest.fixture(scope="module")
-def overfitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, list[tuple[Verdict, float]]]:
-    base = tiny_run(tmp_path_factory.mktemp("overfit"))
-    plan = variant(
-        base,
-        "overfit",
+def overfitted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Turn]:
+    """Answers that cannot be guessed, only learned by heart."""
+    root = tmp_path_factory.mktemp("overfit")
+    rows = [{"prompt": f"the number of {i}", "completion": str(7919 * i % 10007)} for i in range(24)]
+    data = data_plan(write(root / "few.jsonl", rows), eval=held_out(split=0.4), max_length=64, packing=False)
+    model = model_plan(root / "untrained", source="scratch", scratch=LLAMA)
+    plan = task_plan(
+        *(root, "overfit", model, data, MOST, tiny_run(root)),
         zero=2,
-        optimizer=optimizer_plan(lr=6e-3),
-        schedule=STILL,
-        total_steps=MOST,
-        max_steps=MOST,
+        optimizer=optimizer_plan(lr=1e-2),
         eval_every_steps=EVERY,
         checkpoint_every_steps=3 * EVERY,
         keep_last=1,
         early_stopping=patience(2),
         export_best=True,
     )
-    ranks = run_group(2, overfit, plan, timeout_s=300)
-    assert [verdict for verdict, _ in ranks[0]] == [verdict for verdict, _ in ranks[1]]
-    return plan, ranks[0]
+    create_scratch(model, Path(plan.data.folder) / "tokenizer", 3, root / "untrained")
+    return turns(plan, "stopped", "first", "again")
 
 
-Overfitted = tuple[Plan, list[tuple[Verdict, float]]]
+@pytest.fixture(scope="module")
+def resumed(overfitted: dict[str, Turn]) -> dict[str, Turn]:
+    return overfitted | turns(overfitted["again"][0], "patient", "damaged")
 
 
-def test_a_run_that_overfits_stops_and_says_so(overfitted: Overfitted) -> None:
-    plan, ((verdict, gap), *_) = overfitted
-    evaluated = {line["step"]: line["loss"] for line in lines(plan, "eval") if line["attempt"] == "0.1"}
+def test_a_run_that_overfits_stops_and_says_so(overfitted: dict[str, Turn]) -> None:
+    plan, verdict, gap = overfitted["first"]
+    evaluated = {line["step"]: line["loss"] for line in lines(plan, "eval") if line["attempt"] == "0.2"}
     best = min(evaluated, key=evaluated.__getitem__)
     stopped = best + 2 * EVERY
     assert (verdict.kind, verdict.step, verdict.exit_code) == ("stopped_early", stopped, 0)
@@ -120,7 +146,7 @@ def test_a_run_that_overfits_stops_and_says_so(overfitted: Overfitted) -> None:
     assert re.search(r"slipway resume \S+ evaluate\.early_stopping\.patience=4$", verdict.hint)
     (line, *_) = lines(plan, "stopped_early")
     assert (line["step"], line["best_step"], line["best"], line["metric"]) == (stopped, best, evaluated[best], "loss")
-    bests = [line for line in lines(plan, "best") if line["attempt"] == "0.1"]
+    bests = [line for line in lines(plan, "best") if line["attempt"] == "0.2"]
     assert [line["value"] for line in bests] == sorted((line["value"] for line in bests), reverse=True)
     assert bests[-1]["step"] == best
     (line, *_) = lines(plan, "overfitting")
@@ -129,19 +155,34 @@ def test_a_run_that_overfits_stops_and_says_so(overfitted: Overfitted) -> None:
     assert gap < 1e-4  # the last measures were taken of the best, which is there to be exported
 
 
-def test_a_run_that_stopped_early_stays_where_it_is_until_it_may_go_on(overfitted: Overfitted) -> None:
-    plan, ((first, _), (again, _), (patient, gap), _) = overfitted
-    assert again == first
-    assert not [line for line in lines(plan, "step", "eval") if line["attempt"] == "0.2"]
-    assert patient.kind == "stopped_early"
-    assert patient.step == first.step + 2 * EVERY
-    assert "no better in 4 evaluations" in patient.message
+def test_an_evaluation_that_a_stop_prevented_is_made_up_for(overfitted: dict[str, Turn]) -> None:
+    plan, verdict, _ = overfitted["stopped"]
+    assert (verdict.kind, verdict.step) == ("stopped", EVERY)
+    evaluated = [(line["attempt"], line["step"]) for line in lines(plan, "eval")]
+    assert evaluated == [("0.2", step) for step in range(EVERY, overfitted["first"][1].step + 1, EVERY)]
+    assert (lines(plan, "best")[0]["attempt"], lines(plan, "best")[0]["step"]) == ("0.2", EVERY)
+
+
+def test_a_run_that_stopped_early_stays_where_it_is(overfitted: dict[str, Turn]) -> None:
+    plan, verdict, gap = overfitted["again"]
+    assert verdict == overfitted["first"][1]
+    assert gap < 1e-4
+    assert not [line for line in lines(plan, "step", "eval") if line["attempt"] == "0.3"]
+
+
+@pytest.mark.long
+def test_until_it_may_go_on(resumed: dict[str, Turn]) -> None:
+    _, verdict, gap = resumed["patient"]
+    assert verdict.kind == "stopped_early"
+    assert verdict.step == resumed["first"][1].step + 2 * EVERY
+    assert "no better in 4 evaluations" in verdict.message
     assert gap < 1e-4
 
 
-def test_a_damaged_best_is_passed_over_and_said(overfitted: Overfitted) -> None:
-    plan, (*_, (verdict, gap)) = overfitted
-    damaged = [line for line in lines(plan, "damaged_checkpoint") if line["attempt"] == "0.4"]
+@pytest.mark.long
+def test_a_damaged_best_is_passed_over_and_said(resumed: dict[str, Turn]) -> None:
+    plan, verdict, gap = resumed["damaged"]
+    damaged = [line for line in lines(plan, "damaged_checkpoint") if line["attempt"] == "0.5"]
     best = lines(plan, "best")[-1]["step"]
     assert f"step-{best:08d} is damaged" in damaged[0]["message"]
     assert verdict.kind == "stopped_early"
@@ -162,31 +203,6 @@ def rows_of(task: str, count: int, seed: int) -> list[dict[str, str]]:
     return [
         {"prompt": f"{task}: {word} {i}", "completion": f"{TASKS[task][word]} {task}"} for i, word in enumerate(words)
     ]
-
-
-def write(path: Path, rows: Sequence[dict[str, str]]) -> Any:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return source_plan(path, format="prompt_completion")
-
-
-def task_plan(root: Path, name: str, model: Any, data: Any, steps: int, like: Plan, **changes: Any) -> Plan:
-    facts = prepare(model, data, seed=3, cache_dir=root / "prepared")
-    plan = variant(
-        like,
-        name,
-        model=model,
-        data=data,
-        data_content_hash=facts.content_hash,
-        global_batch_size=24,
-        micro_batch_size=24,
-        optimizer=optimizer_plan(lr=4e-3),
-        schedule=STILL,
-        total_steps=steps,
-        max_steps=steps,
-        eval_every_steps=10,
-        **changes,
-    )
-    return plan.model_copy(update={"data": facts})
 
 
 def learn_and_export(plan: Plan, out: Path) -> None:
@@ -218,7 +234,9 @@ def forgot(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Plan, Ve
     )
     scratch = model_plan(root / "untrained", source="scratch", scratch=LLAMA | {"vocab_size": 320})
     common: dict[str, Any] = {"max_length": 64, "packing": False}
-    first = task_plan(root, "first", scratch, data_plan(a, **common), 60, like)
+    pace: dict[str, Any] = {"global_batch_size": 24, "micro_batch_size": 24, "eval_every_steps": 10}
+    pace["optimizer"] = optimizer_plan(lr=4e-3)
+    first = task_plan(root, "first", scratch, data_plan(a, **common), 60, like, **pace)
     create_scratch(scratch, Path(first.data.folder) / "tokenizer", 3, root / "untrained")
     run_group(2, learn_and_export, first, root / "learned")
     learned = model_plan(root / "learned")
@@ -226,9 +244,9 @@ def forgot(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Plan, Ve
     replayed = watched.model_copy(update={"replay": ReplayPlan(sources=(a,), share=0.25)})
     warn, stop = (RetainPlan(max_rows=60, limit=0.5, action=action) for action in ("warn", "stop"))  # type: ignore[arg-type]
     plans = {
-        "watched": task_plan(root, "watched", learned, watched, 30, like, retain=warn),
-        "replayed": task_plan(root, "replayed", learned, replayed, 40, like, retain=warn),
-        "stopped": task_plan(root, "stopped", learned, watched, 30, like, retain=stop, export_best=True),
+        "watched": task_plan(root, "watched", learned, watched, 30, like, retain=warn, **pace),
+        "replayed": task_plan(root, "replayed", learned, replayed, 40, like, retain=warn, **pace),
+        "stopped": task_plan(root, "stopped", learned, watched, 30, like, retain=stop, export_best=True, **pace),
     }
     verdicts = run_group(2, train_all, list(plans.values()), timeout_s=300)
     assert verdicts[0] == verdicts[1]

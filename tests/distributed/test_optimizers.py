@@ -67,15 +67,14 @@ class Case:
         return Checkpoint(FolderStore(Path(self.plan(root).run_dir)), SAVED_AT)
 
 
-SOME = [Case("lion", 0), Case("lion", 3), Case("sgd", 0), Case("sgd", 2), Case("adamw", 0), Case("adafactor", 0)]
-SOME += [Case("sgd", 0, "bf16")]
+SOME = [Case("lion", 0), Case("lion", 3), Case("sgd", 0), Case("sgd", 2), Case("adafactor", 0), Case("sgd", 0, "bf16")]
 ALL = [Case(name, zero) for name in ("lion", "sgd", "adamw") for zero in range(4)]
 ALL += [Case("adafactor", 0), Case("lion", 1, offload=True), Case("sgd", 3, offload=True)]
 ALL += [Case(name, zero, "bf16") for name in ("lion", "sgd", "adamw") for zero in range(4)]
 ALL += [Case("adafactor", 0, "bf16")]
 # Where a checkpoint goes on: at another stage on as many ranks, or on one.
 ELSEWHERE = {
-    2: [(Case("lion", 3), 1), (Case("adamw", 0), 3)],
+    2: [(Case("lion", 3), 1)],
     1: [(Case("lion", 0), 2), (Case("sgd", 2), 0), (Case("adafactor", 0), 0)],
 }
 
@@ -188,15 +187,15 @@ class LionByHand:
             m.copy_(beta2 * m + (1 - beta2) * theta.grad)
 
 
-def on_one(root: Path) -> tuple[list[list[float]], dict[str, tuple[list[float], list[float], float]]]:
-    """The checkpoints of two ranks go on; and of each optimizer the losses of 20 steps, those of the library's own, and
-    how far the weights are apart at the end."""
+def on_one(root: Path, steps: int) -> tuple[list[list[float]], dict[str, tuple[list[float], list[float], float]]]:
+    """The checkpoints of two ranks go on; and of each optimizer the losses of `steps` steps, those of the library's
+    own, and how far the weights are apart at the end."""
     losses, equal = gone_on(root, ELSEWHERE[1]), {}
     for name in SETTINGS:
         plan = Case(name, 0).plan(root)
-        expected, weights = by_library(plan, 20)
+        expected, weights = by_library(plan, steps)
         with tiny_engine(plan) as engine:
-            found = train(engine, plan, 0, 20)
+            found = train(engine, plan, 0, steps)
             apart = [(p - weights[n]).abs().max() / weights[n].abs().max() for n, p in engine.module.named_parameters()]
         equal[name] = found, expected, max(apart).item()
     return losses, equal
@@ -239,7 +238,8 @@ def check_elsewhere(curves: Curves, ranks: int, losses: list[list[float]]) -> No
 def test_goes_on_at_another_stage_on_other_ranks_and_is_the_librarys_own(runs: Runs) -> None:
     root, curves, at_other_stages = runs
     check_elsewhere(curves, 2, at_other_stages)
-    on_other_ranks, equal = run_group(1, on_one, root, timeout_s=1800)[0]
+    steps = 20 if curves.cases == ALL else STEPS
+    on_other_ranks, equal = run_group(1, on_one, root, steps, timeout_s=1800)[0]
     check_elsewhere(curves, 1, on_other_ranks)
     for name, (found, expected, apart) in equal.items():
         print(f"{name}: losses {worst(found, expected):.1e}, weights {apart:.1e} apart")

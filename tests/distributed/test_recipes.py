@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -41,8 +40,9 @@ def overrides(recipe: str, *more: str) -> list[str]:
 
 
 def trained(recipe: str, changes: list[str], folder: str) -> str:
-    """What `slipway run` does, without Ray; how it ended."""
-    from launcher.driver.start import base_model_process, create_run_folder, decide, planned
+    """What `slipway run` does, without Ray, and in one process that has everything imported; how it ended."""
+    from launcher.driver.start import create_run_folder, decide, planned
+    from launcher.model.ready import Request, make_ready
     from launcher.plan.facts import this_machine
     from launcher.recipe.load import load
     from launcher.train.run import train_run
@@ -51,8 +51,16 @@ def trained(recipe: str, changes: list[str], folder: str) -> str:
     decided = decide(loaded, folder, None)
     plan = planned(decided, this_machine())
     Path(folder).mkdir()
-    with closing(base_model_process(decided)) as base_model:
-        base_model.wait()
+    make_ready(
+        Request(
+            model=decided.model,
+            tokenizer_folder=Path(decided.facts.folder) / "tokenizer",
+            seed=plan.trajectory.seed,
+            packing=decided.data.packing,
+            classes=decided.facts.classes,
+            stamps=None,
+        )
+    )
     create_run_folder(plan, loaded)
     return train_run(plan, launch=0).kind
 

@@ -168,7 +168,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     )
 
 
-OFTEN = [(0, "fp32", False), (1, "bf16", False), (3, "fp32", False)]
+OFTEN = [(0, "fp32", False), (2, "bf16", True), (3, "fp32", False)]
 SELDOM = [cut for cut in itertools.product((0, 1, 2, 3), ("fp32", "bf16"), (False, True)) if cut[0] or not cut[2]]
 
 
@@ -304,7 +304,8 @@ def test_skipped_steps_are_told_and_not_learned_from(runs: Runs) -> None:
 
 
 def test_too_many_end_the_run(runs: Runs) -> None:
-    verdict = runs["too often"][1]
+    plan, verdict = runs["too often"]
+    assert [(line["step"], line["action"]) for line in lines(plan, "spike")] == [(6, "skip"), (7, "stop")]
     assert (verdict.kind, verdict.step, verdict.exit_code) == ("not_finite", 6, 1)
     assert verdict.message.startswith("the gradient norm of step 7 is ")
     assert verdict.message.endswith("steps were left out 1 time before, which is guard.most")

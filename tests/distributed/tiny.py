@@ -16,11 +16,21 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from launcher.checkpoint.lease import begin
 from launcher.plan.batch import batch_layout
 from launcher.plan.deepspeed import deepspeed_config
-from launcher.plan.plan import DataFacts, Plan
+from launcher.plan.plan import Plan
 from launcher.store.folder import FolderStore
 from launcher.train.engine import build_engine, optimizer_step
 from tests.checkpoints import FIRST
-from tests.plans import data_plan, layout_plan, lifecycle, model_plan, optimizer_plan, source_plan, trajectory
+from tests.plans import (
+    data_facts,
+    data_plan,
+    layout_plan,
+    lifecycle,
+    model_plan,
+    optimizer_plan,
+    source_plan,
+    trajectory,
+    whole_plan,
+)
 
 GLOBAL_BATCH, TOKENS, VOCABULARY = 6, 12, 127  # six rows for 1, 2 or 3 ranks; odd sizes, so that partitions cut rows
 
@@ -35,12 +45,9 @@ def tiny_plan(
 ) -> Plan:
     """A whole Plan; only what the engine and the checkpoint look at means anything."""
     source = source_plan(run_dir / "rows.jsonl")
-    return Plan(
+    return whole_plan(
+        run_dir,
         name="tiny",
-        run_dir=str(run_dir),
-        location=str(run_dir),
-        version="0",
-        recipe_hash="",
         trajectory=trajectory(
             model_plan(run_dir / "base", source="scratch", scratch={}),
             data_plan(source, max_length=TOKENS, packing=False),
@@ -51,23 +58,7 @@ def tiny_plan(
         ),
         layout=layout_plan(workers=2, min_workers=2, zero=zero, offload=offload, micro_batch_size=global_batch_size),
         lifecycle=lifecycle(8, eval_every_steps=100, checkpoint_every_steps=4),
-        data=DataFacts(
-            folder=str(run_dir / "data"),
-            content_hash="",
-            train_rows=0,
-            train_documents=0,
-            train_tokens=0,
-            train_supervised_tokens=0,
-            eval_documents=0,
-            eval_supervised_tokens=0,
-            test_documents=0,
-            dropped={},
-            vocab_size=VOCABULARY,
-            formats={},
-            classes=(),
-            retain_documents=0,
-        ),
-        origins={},
+        data=data_facts(folder=str(run_dir / "data"), vocab_size=VOCABULARY),
     )
 
 

@@ -38,6 +38,7 @@ def test_the_class_is_the_label_or_the_answer() -> None:
     assert classified(Conversation((asked, answer))).label == "positive"
     assert text_of(classified(Conversation((asked, answer)))) == "how was it?"
     assert classified(Conversation((asked, answer), label="3 stars")).label == "3 stars"
+    assert classified(Conversation((asked, answer), label=" 3 stars\t")).label == "3 stars"
     assert classified(Conversation((), text="how was it?<|endoftext|>", label="bad")).text == "how was it?"
     with pytest.raises(DataError, match="a:3: a text without a class"):
         classified(Conversation((), "a:3", text="how was it?"))
@@ -50,6 +51,9 @@ def test_classes_are_in_the_order_of_the_head() -> None:
     labelled = data_plan(source_plan("a", labels=("poor", "fair", "good")), head=())
     assert class_names(["b", "a"], plain) == ("a", "b")
     assert class_names(["good", "poor", "a"], labelled) == ("poor", "fair", "good", "a")
+    numbers = ["10", "2", "few", "-1", "1.5", "0", "9" * 5000]
+    assert class_names(numbers, plain) == ("-1", "0", "1.5", "2", "10", "9" * 5000, "few")
+    assert class_names(["fair"], data_plan(source_plan("a", labels=("poor ", " fair")), head=())) == ("poor", "fair")
     known = labelled.model_copy(update={"head": ("good", "fair", "poor")})
     assert class_names(["good", "poor"], known) == ("good", "fair", "poor"), "the model's own head stays usable"
     assert class_names(["good", "other"], known) == ("poor", "fair", "good", "other")
@@ -149,6 +153,12 @@ def test_prompts_with_a_word_for_an_answer_are_classified(tmp_path: Path) -> Non
     facts = prepared(tmp_path, rows, eval=held_out(split=0.25), stratify=True)
     assert facts.formats == {str(tmp_path / "rows.jsonl"): "prompt_completion"}
     assert (facts.classes, facts.eval_documents) == (CLASSES, 5 + 3 + 3)
+
+
+def test_a_text_that_is_too_long_can_be_cut_or_left_out(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="and data.max_length is 8") as caught:
+        prepared(tmp_path, texts(40), max_length=8, too_long="stop")
+    assert caught.value.hint == "raise data.max_length, or set data.too_long to drop, truncate_end or truncate_start"
 
 
 def test_held_out_files_have_their_classes_too(tmp_path: Path) -> None:

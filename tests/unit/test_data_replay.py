@@ -71,7 +71,16 @@ def test_the_choice_is_drawn_from_the_rows_alone(tmp_path: Path, files: dict[str
         return set(of(an_epoch(facts), files["earlier"]))
 
     assert chosen(0.2, seed=1) == chosen(0.2, seed=2)
-    assert chosen(0.1, seed=1) < chosen(0.2, seed=1)
+
+
+def test_what_was_held_out_earlier_is_not_what_is_replayed(tmp_path: Path, files: dict[str, SourcePlan]) -> None:
+    """The held-out rows are those of the lowest draws: the same draws would replay them before all others."""
+    earlier = source_plan(write(tmp_path / "all.jsonl", rows(400, seed=1)))
+    documents = Documents(prepared(tmp_path, earlier, eval=held_out(split=0.25)).folder)
+    held = {documents.where(int(number)) for number in np.flatnonzero(documents.sets == Set.EVAL)}
+    replayed = of(an_epoch(prepared(tmp_path, files["train"], replay=replay(earlier, 0.2))), earlier)
+    assert len(replayed) == 15
+    assert len(held & set(replayed)) < 8  # a quarter of them, give or take
 
 
 def test_what_is_cut_away_does_not_change_the_share(tmp_path: Path, files: dict[str, SourcePlan]) -> None:

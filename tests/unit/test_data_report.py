@@ -196,6 +196,8 @@ def test_good_data_raises_no_finding() -> None:
     assert findings(made()) == []
 
 
+EVEN = {"a": LabelReport(rows=90, copies=90, weight=1), "b": LabelReport(rows=10, copies=10, weight=1)}
+NONE = LabelReport(rows=0, copies=0, weight=1)
 UNEVEN = {"much": LabelReport(rows=800, copies=800, weight=0.5), "little": LabelReport(rows=20, copies=800, weight=20)}
 
 
@@ -255,6 +257,14 @@ UNEVEN = {"much": LabelReport(rows=800, copies=800, weight=0.5), "little": Label
             {"labels": UNEVEN, "plan": {"balance": "weights"}},
             ["'little' weighs 40 times one of class 'much'", "20 rows"],
         ),
+        (
+            {"labels": EVEN | {"odd": NONE}, "plan": {"head": (), "packing": False}, "packs": None},
+            ["no training row is of class 'odd': the model cannot learn"],
+        ),
+        (
+            {"labels": EVEN | dict.fromkeys("xyz", NONE), "plan": {"head": (), "packing": False}, "packs": None},
+            ["no training row is of class 'x' or of 2 more"],
+        ),
         ({"labels": UNEVEN, "plan": {"balance": "oversample"}}, ["'little' comes 40 times an epoch", "by heart"]),
         ({"notes": {"control_tokens_as_text": 40}}, ["spelled out 40 times", "data.special_tokens: strip"]),
         ({"notes": {"language_undecided": 200}}, ["language of 200 rows"]),
@@ -274,7 +284,8 @@ def test_a_finding_says_what_and_what_to_do(changes: dict[str, Any], words: list
         {"duplicates": Duplicates(exact=15, near=10, overlap_with_held_out=15, contaminated=0)},
         {"packs": describe_packs(np.array([30]), np.array([1]), 512)},
         {"packs": None},
-        {"labels": {"a": LabelReport(rows=90, copies=90, weight=1), "b": LabelReport(rows=10, copies=10, weight=1)}},
+        {"labels": EVEN},
+        {"labels": EVEN | {"odd": NONE}},
         {"labels": {"a": LabelReport(rows=90, copies=90, weight=1)}},
         {"labels": UNEVEN, "plan": {"balance": "undersample"}},
         {"source": {"used": 500, "dropped": {"source weight below 1": 500}}},

@@ -65,11 +65,12 @@ def test_values_stay_with_their_rows(tmp_path: Path) -> None:
 def test_a_column_goes_by_the_files_name_or_the_formats() -> None:
     source = source_plan("x.jsonl", columns={"question": "asked"})
     row = {"asked": "Why?", "answer": "So.", "n": 2.0, "ok": True, "none": None, "blank": " "}
-    found = slices_of(row, ["asked", "question", "n", "ok", "none", "blank", "gone"], source, "x:1")
+    row["gap"] = float("nan")  # as a Parquet file of numbers has it
+    found = slices_of(row, ["asked", "question", "n", "ok", "none", "blank", "gap", "gone"], source, "x:1")
     assert dict(found) == {
         **dict.fromkeys(("asked", "question"), "Why?"),
         **{"n": "2", "ok": "true"},
-        **dict.fromkeys(("none", "blank", "gone"), NO_VALUE),
+        **dict.fromkeys(("none", "blank", "gap", "gone"), NO_VALUE),
     }
     with pytest.raises(DataError, match="x:1: 'n'"):
         slices_of({"n": [1]}, ["n"], source, "x:1")

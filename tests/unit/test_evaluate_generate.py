@@ -9,10 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from launcher.data.tokenizer import train_tokenizer, with_template
-from launcher.evaluate.generate import DrawnTokens, end_tokens, generate_answers
+from launcher.evaluate.generate import ALONE, DrawnTokens, end_tokens, generate_answers
 from tests.plans import generate_plan
 
 CPU = torch.device("cpu")
@@ -100,6 +107,30 @@ def test_batches_do_not_change_answers_and_they_come_in_order(model: Any, tokeni
                     break
             assert answer.text == tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
             assert answer.cut == (ids[-1] != tokenizer.eos_token_id)
+
+
+RECURRENT: dict[str, dict[str, Any]] = {
+    "minimax": {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2, "head_dim": 8},
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 8, "head_dim": 8},
+    "rwkv": {"attention_hidden_size": 32},
+}
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_a_state_that_takes_in_what_is_masked_is_of_one_prompt(family: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    assert family in ALONE
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    settings = sizes | {"num_key_value_heads": 2, "vocab_size": len(tokenizer), "initializer_range": 0.2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings | RECURRENT[family])).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # biases start from zero, at which what is masked says nothing
+                parameter += torch.randn(parameter.shape) * 0.1
+    prompts = [[20 + i, *range(30, 30 + length)] for i, length in enumerate((2, 16, 8, 8, 1, 11))]
+    one = generate_plan(max_new_tokens=8, batch_size=1)
+    alone = generate_answers(model, prompts, tokenizer, one, 0, CPU)
+    assert generate_answers(model, prompts, tokenizer, one.model_copy(update={"batch_size": 4}), 0, CPU) == alone
 
 
 def test_an_answer_ends_at_any_end_token(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:

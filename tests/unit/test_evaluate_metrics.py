@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from decimal import Decimal
 from pathlib import Path
@@ -12,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.errors import DataError
+from launcher.evaluate.answers import as_jsonl
 from launcher.evaluate.metrics import correct, score
-from launcher.evaluate.metrics.classes import NONE_OF_THEM
+from launcher.evaluate.metrics.classes import NONE_OF_THEM, class_figures
 from launcher.evaluate.metrics.exact import number_of
 
 WORDS = ("river", "stone", "clouds", "running", "amber", "lights", "north", "gardens")
@@ -125,6 +127,21 @@ def test_classes_are_scikit_learns() -> None:
         ]
 
 
+def test_a_heads_classes_are_taken_to_the_letter() -> None:
+    """Two blanks in a name once made all its rows wrong, and left them out of the means."""
+    for names in (("very  good", "bad"), (" good", "good"), ("a\nb", "a b")):
+        figures = class_figures(names, names, names)
+        assert [figures["accuracy"], figures["f1_macro"]] == [1, 1]
+        assert [of["rows"] for of in figures["of"].values()] == [1, 1]
+
+
+def test_a_line_of_answers_is_a_line_to_every_reader() -> None:
+    said = {"text": "one\x85two\u2028three\u2029four\x0bfive\nsix \ud83d é 😀"}
+    written = as_jsonl([said, said]).decode()
+    assert [json.loads(line) for line in written.splitlines()] == [said, said]
+    assert "é 😀" in written
+
+
 def test_what_is_never_said_or_never_right_counts_as_nothing() -> None:
     found = score(["classes"], ["maybe", "maybe"], ["no", "yes"])["classes"]
     assert (found["accuracy"], found["f1_macro"]) == (0.0, 0.0)
@@ -150,9 +167,11 @@ def test_rouge_is_rouge_scores() -> None:
     by_hand = score(["rouge"], ["the garden runs"], ["the gardens are running"])["rouge"]
     assert by_hand["rouge_1"] == pytest.approx(2 * (3 / 3) * (3 / 4) / (3 / 3 + 3 / 4))
     assert by_hand["rouge_2"] == pytest.approx(2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3))
-    with pytest.raises(DataError, match="no Latin letter or digit in the reference '東京'") as caught:
-        score(["rouge"], ["東京", "b"], ["東京", "b"])
-    assert "bleu" in str(caught.value.hint)
+    assert score(["rouge"], ["für 3 €"], ["für 3 €"])["rouge"]["rouge_l"] == 1
+    for foreign in ("東京", "в 2024 году", "—"):  # of which rouge-score would compare nothing, or the year alone
+        with pytest.raises(DataError, match=f"reads Latin letters and digits, and no others: '{foreign}'") as caught:
+            score(["rouge"], [foreign, "b"], [foreign, "b"])
+        assert "bleu" in str(caught.value.hint)
 
 
 def test_bleu_is_sacrebleus() -> None:
@@ -188,6 +207,12 @@ def empty(answers, references):
 
 def lost(answers, references):
     return {"part": float("nan")}
+
+def huge(answers, references):
+    return 10**400
+
+def nested(answers, references):
+    return {"part": {"of": 1}}
 '''
 
 
@@ -210,6 +235,8 @@ def test_a_function_of_the_users(own: Path) -> None:
         ("wordy", "wordy of {file} returned '0.5', which is no number", "return a finite number"),
         ("empty", "empty of {file} returned dict, which is no number", "return a finite number"),
         ("lost", "lost of {file} returned part: nan, which is no number", "return a finite number"),
+        ("huge", "huge of {file} returned int, which is no number", "return a finite number"),
+        ("nested", "nested of {file} returned part: dict, which is no number", "or a dictionary of them by name"),
         ("brevety", "{file}: no function 'brevety' in it", "did you mean brevity?"),
         ("x", "{file}: no function 'x' in it", "def brevity(answers, references)"),
     ],

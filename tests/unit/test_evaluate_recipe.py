@@ -9,24 +9,14 @@ import pytest
 from launcher.driver.resume import resumed_plan
 from launcher.errors import RecipeError
 from launcher.plan.facts import this_machine
-from launcher.recipe.load import load
 from tests.distributed.tiny import tiny_plan
+from tests.plans import recipe_problems
 
 GOOD = """
 model: {path: gpt2}
 data: {train: [{path: a.jsonl}], eval: {split: 0.1}, test: {rows: 50}}
 """
 BLIND = "model: {path: gpt2}\ndata: {train: [{path: a.jsonl}], test: {rows: 50}}\n"
-
-
-def problems(tmp_path: Path, text: str) -> list[str]:
-    file = tmp_path / "x.yaml"
-    file.write_text(text)
-    try:
-        load(str(file))
-    except RecipeError as error:
-        return [f"{problem.key}: {problem.message}; {problem.hint}" for problem in error.problems]
-    return []
 
 
 @pytest.mark.parametrize(
@@ -43,7 +33,7 @@ def problems(tmp_path: Path, text: str) -> list[str]:
     ],
 )
 def test_what_makes_sense_is_taken(tmp_path: Path, text: str) -> None:
-    assert problems(tmp_path, GOOD + f"evaluate: {text}") == []
+    assert recipe_problems(tmp_path, GOOD + f"evaluate: {text}") == []
 
 
 @pytest.mark.parametrize(
@@ -102,17 +92,17 @@ def test_what_makes_sense_is_taken(tmp_path: Path, text: str) -> None:
     ],
 )
 def test_what_means_nothing_is_refused(tmp_path: Path, text: str, found: str) -> None:
-    assert problems(tmp_path, GOOD + f"evaluate: {text}") == [found]
+    assert recipe_problems(tmp_path, GOOD + f"evaluate: {text}") == [found]
 
 
 def test_what_is_measured_needs_rows(tmp_path: Path) -> None:
-    assert problems(tmp_path, BLIND + "evaluate: {metric: accuracy}") == [
+    assert recipe_problems(tmp_path, BLIND + "evaluate: {metric: accuracy}") == [
         "evaluate.metric: needs data.eval; such as `eval: {split: 0.05}`"
     ]
-    assert problems(tmp_path, BLIND + "evaluate: {slices: [a]}") == [
+    assert recipe_problems(tmp_path, BLIND + "evaluate: {slices: [a]}") == [
         "evaluate.slices: no row is measured; hold rows out with data.eval, or with data.test and evaluate.generate"
     ]
-    assert problems(tmp_path, BLIND + "evaluate: {slices: [a], generate: {}}") == []
+    assert recipe_problems(tmp_path, BLIND + "evaluate: {slices: [a], generate: {}}") == []
 
 
 def test_a_resume_takes_slices_that_the_data_was_prepared_with(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_metrics_are_tried_on_all_references_and_slices() -> None:
 
 def test_the_metric_that_is_named() -> None:
     evaluated = {"loss": 2.0, "accuracy": 0.5, "perplexity": 7.4, "retain_loss": 1, "slices": {"k": {"a": {"x": 1}}}}
-    answered = {"rows": 9, "exact_match": 0.25, "rouge": {"rouge_l": 0.125}, "accuracy": 0.75, "own": {"a": {"b": 1.5}}}
+    answered = {"rows": 9, "exact_match": 0.25, "rouge": {"rouge_l": 0.125}, "accuracy": 0.75, "own": {"a.b": 1.5}}
     for metric, value in (
         ("loss", 2.0),
         ("accuracy", 0.5),  # of the evaluation, whatever a function is called
@@ -89,7 +89,7 @@ def test_the_metric_that_is_named() -> None:
         value_of("own.c", {}, answered)
     with pytest.raises(DataError, match=r"evaluate.metric names rouge, which was not measured") as caught:
         value_of("rouge", evaluated, answered)
-    expected = "there is accuracy, exact_match, loss, perplexity, retain_loss, rouge.rouge_l"
+    expected = "there is accuracy, exact_match, loss, own.a.b, perplexity, retain_loss, rouge.rouge_l"
     assert caught.value.hint == expected
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from sklearn.metrics import f1_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -122,9 +124,10 @@ def test_metrics_of_the_users_own_and_plain_text(
     base: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text("def count(answers, references): return {'of': len(answers)}\n")
+    mine = "def count(answers, references): return {'of': len(answers)}\ndef fails(answers, references): return 1 / 0\n"
+    Path("mine.py").write_text(mine)
     Path("rows.jsonl").write_text('{"prompt": "Say river", "completion": "river"}\n' * 3)
-    chosen = ("--data", "rows.jsonl", "--metrics", "mine.py:count,bleu", "--max-new-tokens", "2")
+    chosen = ("--data", "rows.jsonl", "--metrics", "mine.py:count, bleu", "--max-new-tokens", "2")
     found = measured(capsys, base, *chosen)
     assert found["answers"]["count"] == {"of": 3}
     assert found["answers"]["bleu"] >= 0
@@ -132,13 +135,44 @@ def test_metrics_of_the_users_own_and_plain_text(
     found = measured(capsys, base, "--data", "text.jsonl", "--rows", "3")
     assert found["eval"]["rows"] == 3
     assert "answers" not in found
-    assert "--metrics: 'rogue' is no metric" in refused(capsys, base, "--data", "rows.jsonl", "--metrics", "rogue")
+    for metrics, message in {
+        "rogue": "--metrics: unknown metric 'rogue'\nhint: did you mean rouge?",
+        "bleu, bleu": "--metrics: a second metric called bleu",
+        "mine.py:rows": "--metrics: a function called rows, which means something else",
+        "gone.py:count": "--metrics: 'gone.py:count' names no function in a file",
+        "mine.py:fails": "raised ZeroDivisionError",
+    }.items():
+        assert message in refused(capsys, base, "--data", "rows.jsonl", "--metrics", metrics)
     assert "--format: 'csv' is none" in refused(capsys, base, "--data", "rows.jsonl", "--format", "csv")
     assert "--data: none.jsonl does not exist" in refused(capsys, base, "--data", "none.jsonl")
     assert "hint: name some with --data FILE" in refused(capsys, base)
     assert "is no run and has no checkpoints" in refused(capsys, base, "--checkpoint", "best")
     Path("empty").mkdir()
     assert "cannot be loaded" in refused(capsys, Path("empty"), "--data", "rows.jsonl")
+
+
+def test_what_the_model_has_no_positions_for(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: Plan
+) -> None:
+    """Of a GPT-2 with 64 positions, and of adapters over it."""
+    monkeypatch.chdir(tmp_path)
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": 300}
+    model = model_plan(tmp_path / "gpt2", source="scratch", scratch={"model_type": "gpt2"} | sizes)
+    create_scratch(model, Path(plan.data.folder) / "tokenizer", 3, tmp_path / "gpt2")
+    whole = AutoModelForCausalLM.from_pretrained("gpt2")
+    lora = LoraConfig(target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True)
+    get_peft_model(whole, lora).save_pretrained("adapters")
+    settings = json.loads(Path("adapters/adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(tmp_path / "gpt2")
+    Path("adapters/adapter_config.json").write_text(json.dumps(settings))
+    rows = [{"prompt": "Say river", "completion": "river " * (99 if i == 1 else 1)} for i in range(4)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for folder in ("gpt2", "adapters"):
+        found = measured(capsys, folder, "--data", "rows.jsonl", "--max-new-tokens", "3")
+        assert (found["eval"]["rows"], found["answers"]["rows"]) == (3, 4)
+        assert found["left_out"] == {"too long": 1}
+        said = refused(capsys, folder, "--data", "rows.jsonl")
+        assert re.search(r"of \d+ tokens and an answer of up to 256, and the model has positions for 64", said)
 
 
 def test_a_classification_is_measured_by_class(
@@ -158,6 +192,8 @@ def test_a_classification_is_measured_by_class(
     assert "perplexity" not in found["eval"]
     Path("other.jsonl").write_text('{"text": "a", "label": "good"}\n{"text": "b", "label": "so-so"}\n')
     assert "has rows of so-so, which the model does not know" in refused(capsys, "head", "--data", "other.jsonl")
+    with pytest.raises(UserError, match="this one tells classes apart"):
+        harness.run_tasks(Path("head"), ["arc_easy"], None, None)
 
 
 def test_the_harness_is_asked_for_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

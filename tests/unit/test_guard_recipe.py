@@ -6,21 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import RecipeError
-from launcher.recipe.load import load
+from tests.plans import recipe_problems
 
 GOOD = "model: {path: gpt2}\ndata: {train: [{path: a.jsonl}], eval: {split: 0.1}}\n"
 WITHOUT_ROWS = "model: {path: gpt2}\ndata: {train: [{path: a.jsonl}]}\n"
-
-
-def problems(tmp_path: Path, text: str) -> list[str]:
-    file = tmp_path / "x.yaml"
-    file.write_text(text)
-    try:
-        load(str(file))
-    except RecipeError as error:
-        return [f"{problem.key}: {problem.message}; {problem.hint}" for problem in error.problems]
-    return []
 
 
 @pytest.mark.parametrize(
@@ -34,7 +23,7 @@ def problems(tmp_path: Path, text: str) -> list[str]:
     ],
 )
 def test_what_makes_sense_is_taken(tmp_path: Path, text: str) -> None:
-    assert problems(tmp_path, GOOD + text) == []
+    assert recipe_problems(tmp_path, GOOD + text) == []
 
 
 @pytest.mark.parametrize(
@@ -71,10 +60,10 @@ def test_what_makes_sense_is_taken(tmp_path: Path, text: str) -> None:
     ],
 )
 def test_what_means_nothing_is_refused(tmp_path: Path, text: str, found: str) -> None:
-    assert problems(tmp_path, text) == [found]
+    assert recipe_problems(tmp_path, text) == [found]
 
 
 def test_the_loss_on_what_is_retained_may_say_which_is_best(tmp_path: Path) -> None:
     retain = "{sources: [{path: b.jsonl}]}"
     text = f"evaluate: {{metric: retain_loss, retain: {retain}, early_stopping: {{patience: 2}}}}"
-    assert problems(tmp_path, WITHOUT_ROWS + text) == []
+    assert recipe_problems(tmp_path, WITHOUT_ROWS + text) == []

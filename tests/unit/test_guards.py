@@ -6,8 +6,11 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,20 +18,25 @@ from launcher.checkpoint.choose import best_first, chosen
 from launcher.checkpoint.layout import Checkpoint, committed
 from launcher.checkpoint.lease import begin
 from launcher.checkpoint.retain import Keep, retain
-from launcher.errors import UserError
+from launcher.errors import DamagedCheckpoint, UserError
 from launcher.plan.plan import EarlyStoppingPlan, GuardPlan, RetainPlan
 from launcher.store.folder import FolderStore
-from launcher.train.best import out_of_patience, take
+from launcher.train.best import out_of_patience, restore, take
 from launcher.train.forgetting import forgetting
-from launcher.train.guards import HISTORY, heed, over
+from launcher.train.guards import HISTORY, heed, how_to_go_on, missed, over
 from launcher.train.metrics import MetricsLog, read
 from launcher.train.overfitting import BEYOND, overfitting
 from launcher.train.parts import Progress
 from launcher.train.spikes import judge, judge_norm, remember
+from launcher.train.throughput import Stopwatch
 from tests.checkpoints import FIRST, write_checkpoint
 from tests.plans import lifecycle
 
 AROUND_TWO = [2.0, 2.2, 1.8, 2.0] * 2  # mean 2, standard deviation sqrt(0.02) = 0.1414
+
+
+class Engine:
+    """Of a phase."""
 
 
 def guard(spikes: Any = "skip", **changes: Any) -> GuardPlan:
@@ -173,7 +181,10 @@ def test_what_is_no_number_is_never_the_best() -> None:
 
 
 def test_another_metric_begins_anew() -> None:
-    progress, _ = measured(2.0, 3.0, 4.0)
+    progress, ended = measured(2.0, 3.0, 4.0)
+    assert ended == [30]
+    stopping = EarlyStoppingPlan(patience=2, min_delta=0.0)
+    assert over(progress, lifecycle(100, metric="accuracy", early_stopping=stopping)) is None  # as a resume asks
     progress.step = 40
     take(progress, lifecycle(100, metric="accuracy"), 0.5)
     assert (progress.metric, progress.best_value, progress.best_step, progress.bad_evaluations) == (
@@ -201,6 +212,24 @@ def test_forgetting_in_words() -> None:
     warns = lifecycle(100, retain=RetainPlan(max_rows=None, limit=0.1, action="warn"))
     assert forgetting(progress, warns) is not None
     assert over(progress, warns) is None
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "rise", "key"),
+    [
+        (2.0, 2.5, "+25%", "limit=0.4"),
+        (2.0, 9.0, "+350%", "limit=3.6"),
+        (2.0, math.nan, "+nan%", "action=warn"),
+        (2.0, math.inf, "+inf%", "action=warn"),
+        (math.nan, 2.0, "+nan%", "action=warn"),
+        (0.0, 0.1, "+inf%", "action=warn"),
+    ],
+)
+def test_a_run_that_forgets_is_told_how_to_go_on(before: float, now: float, rise: str, key: str) -> None:
+    life = lifecycle(100, retain=RetainPlan(max_rows=None, limit=0.1, action="stop"))
+    progress = Progress(retain_before=before, retain_loss=now)
+    assert f"{now:.4f} now, {rise}; its limit" in str(over(progress, life))
+    assert how_to_go_on(progress, life, "runs/x").endswith(f"slipway resume runs/x evaluate.retain.{key}")
 
 
 def test_progress_of_another_version() -> None:
@@ -238,6 +267,21 @@ def test_checkpoints_are_ranked_by_the_value_of_the_metric(store: FolderStore) -
     assert [checkpoint.step for checkpoint in committed(store)] == [4, 5]
 
 
+def test_the_best_may_have_been_saved_before_it_was_measured(tmp_path: Path) -> None:
+    """A stop was faster than the evaluation of step 10, and the resumed run has measured it."""
+    found = FolderStore(tmp_path)
+    common = {"metric": "loss", "eval_step": None}
+    write_checkpoint(found, 10, ranks=1, progress=common | {"score": None, "best_step": None})
+    late = {"score": 1.0, "heeded_step": 10, "best_step": 10}
+    for step in (14, 17):
+        write_checkpoint(found, step, ranks=1, progress=common | late)
+    assert [checkpoint.step for checkpoint in best_first(committed(found), "loss")] == [10]
+    write_checkpoint(found, 30, ranks=1, progress=common | late | {"score": 2.0, "heeded_step": 30})
+    there = [checkpoint for checkpoint in committed(found) if checkpoint.step in (10, 30)]
+    assert [checkpoint.step for checkpoint in best_first(there, "loss")] == [10, 30]
+    assert [checkpoint.step for checkpoint in best_first(there[1:], "loss")] == [30]
+
+
 def test_the_checkpoint_that_is_meant(store: FolderStore, tmp_path: Path) -> None:
     from tests.distributed.tiny import tiny_plan
 
@@ -252,6 +296,32 @@ def test_the_checkpoint_that_is_meant(store: FolderStore, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="no checkpoint of step 9") as error:
         chosen(plan, "9")
     assert error.value.hint == "give best, last or a step of 1, 2, 3, 4, 5"
+
+
+@pytest.mark.parametrize(("spoiled", "loaded"), [((), [2]), ((2,), [2, 1]), ((2, 1), [2, 1, 5]), ((5,), [2])])
+def test_damaged_ones_that_cost_the_engine_leave_the_last(
+    store: FolderStore, tmp_path: Path, spoiled: tuple[int, ...], loaded: list[int]
+) -> None:
+    """Those of an earlier phase are found to be damaged once an engine of that phase is built."""
+    tried = []
+
+    def load_checkpoint(parts: Any, checkpoint: Checkpoint, goes_on: bool) -> Progress:
+        tried.append(checkpoint.step)
+        parts.engine = Engine()
+        if checkpoint.step in spoiled:
+            raise DamagedCheckpoint(f"{checkpoint} is damaged")
+        return Progress(step=checkpoint.step)
+
+    parts = parts_of(tmp_path, export_best=True)
+    parts.engine, parts.watch = Engine(), Stopwatch(torch.device("cpu"))
+    parts.saver = SimpleNamespace(store=store, group=None)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        with mock.patch("launcher.train.best.load_checkpoint", load_checkpoint):
+            assert restore(parts, Progress(step=5)).step == loaded[-1]
+    finally:
+        dist.destroy_process_group()
+    assert tried == loaded
 
 
 def parts_of(tmp_path: Path, **changes: Any) -> Any:
@@ -291,6 +361,25 @@ def test_a_run_without_held_out_rows_has_no_best(tmp_path: Path) -> None:
     assert (progress.best_step, progress.score, progress.history) == (None, None, [])
     heed(parts_of(tmp_path, metric="exact_match"), progress, None, {"exact_match": 0.5})
     assert (progress.best_value, progress.best_step) == (0.5, 10)
+
+
+def test_an_evaluation_that_a_stop_prevented_is_made_up_for(tmp_path: Path) -> None:
+    parts, progress = parts_of(tmp_path, eval_every_steps=10), Progress(step=20, heeded_step=10)
+    life = parts.plan.lifecycle
+    assert missed(progress, life)
+    heed(parts, progress, {"loss": 2.0}, None)
+    assert not missed(progress, life)
+    assert [missed(Progress(step=step, heeded_step=20), life) for step in (21, 30, 100)] == [False, True, False]
+
+
+def test_an_evaluation_that_is_no_number_hides_no_overfitting(tmp_path: Path) -> None:
+    parts, progress = parts_of(tmp_path), Progress()
+    for place, held_out in enumerate((math.nan, 2.4, 2.6, 2.9)):
+        progress.step = 10 * (place + 1)
+        progress.learn(3.0 / (place + 1), 1, 1, window=8)
+        heed(parts, progress, {"loss": held_out}, None)
+    assert progress.overfitting_since == 20
+    assert progress.history[0] == [20, pytest.approx(2.25), 2.4]
 
 
 def test_the_history_keeps_the_best(tmp_path: Path) -> None:

@@ -24,6 +24,15 @@ LLAMA: dict[str, Any] = {
     "vocab_size": 50,
 }
 GPT2: dict[str, Any] = {"model_type": "gpt2", "n_embd": 32, "n_layer": 3, "n_head": 2, "vocab_size": 50}
+OPT: dict[str, Any] = {
+    "model_type": "opt",
+    "hidden_size": 32,
+    "word_embed_proj_dim": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "vocab_size": 50,
+}
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
@@ -55,8 +64,11 @@ def trained(network: nn.Module) -> set[str]:
             "transformer.h",
             {"transformer.ln_f.weight", "transformer.ln_f.bias", "lm_head.weight"},
         ),
+        # One makes its final norm before its layers, the other has a norm of the embedding there.
+        (OPT, "model.decoder.layers", {"model.decoder.final_layer_norm.weight", "model.decoder.final_layer_norm.bias"}),
+        (GPT2 | {"model_type": "bloom"}, "transformer.h", {"transformer.ln_f.weight", "transformer.ln_f.bias"}),
     ],
-    ids=["llama", "llama-tied", "gpt2", "gpt2-untied"],
+    ids=["llama", "llama-tied", "gpt2", "gpt2-untied", "opt", "bloom"],
 )
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_freeze_trains_the_last_layers_the_final_norm_and_an_untied_head(

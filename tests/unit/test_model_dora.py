@@ -7,17 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from launcher.errors import ModelError
 from launcher.model.adapters import apply_method
 from launcher.model.dora import compute_lengths
 from launcher.model.lora_layers import fuse_adapters
+from tests.adapted_layers import DTYPES, K, adapted, draw, layer_of, passed, truth
 from tests.fused import assert_e9
 from tests.plans import method_plan
 from tests.unit.test_model_adapters import GPT2, LLAMA, model, trained
-from tests.unit.test_model_nf4 import DTYPES, SCALING, K, adapted, draw, layer_of, weight_of
 
 
 def with_dora(kind: str, dtype: torch.dtype, **settings: Any) -> Any:
@@ -26,35 +25,6 @@ def with_dora(kind: str, dtype: torch.dtype, **settings: Any) -> Any:
         magnitude = layer_of(made).lora_magnitude_vector.default.weight
         magnitude.mul_(1 + 0.3 * draw(*magnitude.shape, dtype=dtype, seed=9))
     return made
-
-
-def passed(network: Any, x: Tensor) -> list[Tensor]:
-    """Output and gradients of x, A, B and the lengths, of one training pass with random numbers of its own."""
-    torch.manual_seed(5)
-    x = x.detach().requires_grad_()
-    network.zero_grad()
-    y = network(x)
-    y.backward(draw(*y.shape, dtype=y.dtype, seed=2))
-    layer = layer_of(network)
-    assert all(p.grad is None for p in layer.base_layer.parameters())
-    parts = (layer.lora_A.default, layer.lora_B.default, layer.lora_magnitude_vector.default)
-    return [y.detach(), x.grad, *(part.weight.grad for part in parts)]
-
-
-def truth(network: Any, x: Tensor, dropout: float) -> list[Tensor]:
-    """The same in float64."""
-    torch.manual_seed(5)
-    mask = F.dropout(torch.ones_like(x), dropout).double()
-    layer = layer_of(network)
-    parts = (layer.lora_A.default, layer.lora_B.default, layer.lora_magnitude_vector.default)
-    a, b, m = (part.weight.detach().double().requires_grad_() for part in parts)
-    weight, bias, wide = weight_of(network).detach().double(), layer.base_layer.bias, x.double().requires_grad_()
-    length = (weight + SCALING * b @ a).norm(dim=1).detach()
-    seen = wide * mask
-    y = F.linear(wide, weight) + (m / length - 1) * F.linear(seen, weight)
-    y = y + m / length * SCALING * ((seen @ a.t()) @ b.t()) + (0 if bias is None else bias.double())
-    y.backward(draw(*y.shape, dtype=x.dtype, seed=2).double())
-    return [y.detach(), wide.grad, a.grad, b.grad, m.grad]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -122,6 +92,15 @@ def test_no_lengths_of_an_embedding() -> None:
     with pytest.raises(ModelError, match=r"method.dora: .*embed_tokens has an adapter of kind Embedding") as caught:
         apply_method(model(LLAMA), method_plan("lora", targets=("embed_tokens",), dora=True), seed=0)
     assert caught.value.hint == "leave that layer out of method.targets, or set method.dora to false"
+
+
+def test_no_lengths_of_rows_that_are_zero() -> None:
+    """As blocks have them that were put between those of a trained model."""
+    network = model(LLAMA)
+    with torch.no_grad():
+        network.model.layers[1].mlp.down_proj.weight[3:5] = 0
+    with pytest.raises(ModelError, match=r"rows of .*layers.1.mlp.down_proj's weight are zero, and have no length"):
+        apply_method(network, method_plan("lora", rank=4, dora=True), seed=0)
 
 
 def test_rslora_divides_by_the_root_of_the_rank() -> None:

@@ -5,19 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.errors import ModelError
 from launcher.model.adapters import apply_method
-from launcher.model.attention import register
 from launcher.model.depth import layers_above
 from launcher.plan.plan import UnfreezePlan
-from tests.model_families import tiny_model
+from tests.model_families import SIZES, tiny_model
 from tests.plans import method_plan
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _attention() -> None:
-    register()
 
 
 def trained(network: nn.Module) -> set[str]:
@@ -111,6 +106,13 @@ def test_how_deep_a_parameter_is(family: str, below: set[str], last: set[str]) -
     for name, number in above.items():
         layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
         assert layer is None or number == 2 - layer, name
+
+
+def test_a_final_norm_that_is_called_an_embeddings() -> None:
+    config = AutoConfig.for_model("lfm2", **SIZES, layer_types=["conv", "full_attention"])
+    with torch.device("meta"):
+        above = layers_above(AutoModelForCausalLM.from_config(config))
+    assert (above["model.embed_tokens.weight"], above["model.embedding_norm.weight"]) == (2, 0)
 
 
 def test_an_encoder_and_adapters_have_depths_too() -> None:

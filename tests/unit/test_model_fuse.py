@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,12 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaFor
 
 from launcher.data.loader import MicroBatch
 from launcher.model.adapters import enable_gradient_checkpointing
-from launcher.model.attention import register, supports_packing
 from launcher.model.fuse import Fusion, fuse
 from launcher.model.fused_head import takes_targets
-from launcher.train.loss import SupervisedLoss
 from launcher_kernels import dispatch
 from launcher_kernels.reference import ulp
 from tests import interpreter
-from tests.model_families import FAMILIES, VOCABULARY, pack, tiny_model
+from tests.model_families import FAMILIES, VOCABULARY, loss_of, pack, tiny_model
 
 LLAMA = {"rms_norm": 3, "add_rms_norm": 2, "rope": 2, "glu": 2}
 GEMMA = {"rms_norm": 7, "add_rms_norm": 2, "glu": 2}
@@ -80,14 +77,8 @@ class Wide(TorchFunctionMode):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _attention() -> Iterator[None]:
-    """Ours known to transformers; one thread, as a second only waits for work in models this small."""
-    register()
+def _interpreter() -> None:
     interpreter.mend()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 Result = tuple[Tensor, Tensor, dict[str, Tensor]]
@@ -95,10 +86,8 @@ Result = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 def step(model: Any, batch: MicroBatch) -> Result:
     """Loss, correct tokens and the gradient of each parameter that is trained."""
-    causal_lm = getattr(model, "get_base_model", lambda: model)()
-    flat = supports_packing(type(causal_lm), causal_lm.config)
     model.zero_grad()
-    loss, correct = SupervisedLoss(model, causal_lm, flat, torch.device("cpu"))(batch)
+    loss, correct = loss_of(model)(batch)
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
     return loss.detach(), correct, {name: gradient.clone() for name, gradient in gradients.items()}
@@ -296,14 +285,10 @@ def test_an_option_of_a_layer_keeps_its_default() -> None:
 
 def assert_left(what: str | None, model: Any) -> None:
     """Only that is left, and what is computed stays what it was in training."""
-    before = loss_of(model.train(), pack())
+    before = loss_of(model.train())(pack())[0].detach()
     fusion = fuse(model)
     assert set(fusion.left) == ({what} if what else set())
-    assert torch.allclose(loss_of(model, pack()), before, rtol=1e-5)
-
-
-def loss_of(model: Any, batch: MicroBatch) -> Tensor:
-    return SupervisedLoss(model, model, True, torch.device("cpu"))(batch)[0].detach()
+    assert torch.allclose(loss_of(model)(pack())[0].detach(), before, rtol=1e-5)
 
 
 def test_what_is_said_in_one_line() -> None:

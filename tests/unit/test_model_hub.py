@@ -42,6 +42,14 @@ def test_a_branch_is_pinned_to_its_commit() -> None:
     assert pinned(hub_model("somebody/tiny", COMMIT)) == model
 
 
+def test_a_configuration_that_names_no_model_is_refused(cache: Path) -> None:
+    """As those of the first BERTs on the hub; transformers no longer guesses from the name."""
+    next(cache.rglob("config.json")).write_text('{"hidden_size": 64}')
+    with pytest.raises(ModelError, match="somebody/tiny: its config.json has no model_type") as caught:
+        model_settings(pinned(hub_model("somebody/tiny")))
+    assert '"model_type": "bert"' in str(caught.value.hint)
+
+
 def test_offline_without_the_model_says_so() -> None:
     with pytest.raises(ModelError, match="nobody/nothing is no folder here") as caught:
         pinned(hub_model("nobody/nothing"))

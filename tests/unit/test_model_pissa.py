@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from launcher.errors import CheckpointError, ModelError, RecipeError
+from launcher.export.merge import trained_model
 from launcher.model import pissa
 from launcher.model.adapters import apply_method
 from launcher.plan.plan import MethodPlan, Plan
 from launcher.recipe.load import load
 from launcher.store.folder import FolderStore
+from tests.checkpoints import write_checkpoint
 from tests.distributed.tiny import tiny_plan
-from tests.plans import method_plan
+from tests.plans import method_plan, model_plan
 from tests.unit.test_model_adapters import GPT2, LLAMA, model
 
 IDS = torch.arange(20)[None]
@@ -131,6 +133,32 @@ def plan(tmp_path: Path) -> Plan:
     return tiny_plan(tmp_path, zero=0)
 
 
+def test_frozen_factors_are_exported_as_they_started(plan: Plan, tmp_path: Path) -> None:
+    model(LLAMA).save_pretrained(tmp_path / "base")
+    frozen = ("lora_A", r"layers\.0\.", r"layers\.1\..*magnitude")
+    method = METHODS["dora"].model_copy(update={"frozen": frozen})
+    changes = {"method": method, "model": model_plan(tmp_path / "base")}
+    plan = plan.model_copy(update={"trajectory": plan.trajectory.model_copy(update=changes)})
+    network, factors = started(model(LLAMA), method)
+    store = FolderStore(tmp_path)
+    pissa.keep(store, plan, factors)
+    trained = {name: one for name, one in network.named_parameters() if one.requires_grad}
+    assert not any("lora_A" in name or "layers.0." in name for name in trained)
+    before = logits(network)
+    with torch.no_grad():
+        for one in trained.values():
+            one.mul_(1.3)
+    checkpoint = write_checkpoint(
+        store,
+        3,
+        shapes={name: tuple(one.shape) for name, one in trained.items()},
+        fill=lambda key, *_: trained[key.split(".", 1)[1]].detach().flatten().clone(),
+    )
+    after = logits(network)
+    assert (after - before).abs().max() > 0.05 * before.abs().max()
+    torch.testing.assert_close(logits(trained_model(plan, checkpoint)), after, rtol=1e-4, atol=1e-5)
+
+
 def test_factors_are_kept_once_and_verified(plan: Plan, tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
     assert pissa.kept(store, plan) is None
@@ -164,6 +192,7 @@ def test_factors_of_another_model() -> None:
     [
         ("{dora: true}", "method.dora: there are no adapters with method.kind full\n  leave it out, or use lora"),
         ("{kind: freeze, rslora: true}", "method.rslora: there are no adapters with method.kind freeze"),
+        ("{dropout: 0.1}", "method.dropout: there are no adapters with method.kind full"),
         ("{init: pissa}", "method.init: there are no adapters with method.kind full"),
         ("{kind: qlora, init: pissa}", "method.init: pissa leaves a part of the base, and in 4 bits that part is"),
     ],

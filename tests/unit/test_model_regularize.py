@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,11 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 from launcher.data.loader import MicroBatch
 from launcher.errors import ModelError
 from launcher.model.adapters import apply_method
-from launcher.model.attention import register, supports_packing
 from launcher.model.fuse import fuse
 from launcher.model.ready import Request, make_ready
 from launcher.model.regularize import EmbeddingNoise, set_dropout
-from launcher.train.loss import SupervisedLoss
-from tests import interpreter
-from tests.model_families import FAMILIES, pack, tiny_model
+from launcher.train.loop import seed_step
+from tests.model_families import FAMILIES, loss_of, pack, tiny_model
 from tests.plans import method_plan, model_plan
 
 NAMED = {
@@ -34,16 +31,6 @@ NAMED = {
     "distilbert": {"dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout"},
     "phi3": {"attention_dropout", "embd_pdrop", "resid_pdrop"},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _attention() -> Iterator[None]:
-    register()
-    interpreter.mend()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("family", NAMED)
@@ -60,6 +47,9 @@ def test_models_inside_a_model_too_and_whole_layers_are_left_alone() -> None:
     config = AutoConfig.for_model("gemma3")
     set_dropout(config, 0.2)
     assert config.text_config.attention_dropout == config.vision_config.attention_dropout == 0.2
+    config = AutoConfig.for_model("mpt")  # which says that attn_pdrop is a whole number
+    set_dropout(config, 0.2)
+    assert config.attn_config.attn_pdrop == config.resid_pdrop == 0.2
     config = AutoConfig.for_model("opt", layerdrop=0.05)
     set_dropout(config, 0.2)
     assert config.layerdrop == 0.05
@@ -75,12 +65,10 @@ def test_a_model_that_has_none_is_refused_before_the_run(tmp_path: Path) -> None
 
 
 def losses(model: Any, batch: MicroBatch, training: bool = True, seed: int = 0) -> float:
-    causal_lm = getattr(model, "get_base_model", lambda: model)()
-    flat = supports_packing(type(causal_lm), causal_lm.config)
     model.train(training)
     torch.manual_seed(seed)
     with torch.no_grad():
-        return float(SupervisedLoss(model, causal_lm, flat, torch.device("cpu"))(batch)[0])
+        return float(loss_of(model)(batch)[0])
 
 
 def dropping(family: str, probability: float) -> Any:
@@ -97,6 +85,17 @@ def test_dropout_acts_in_training_alone_and_follows_the_seed(family: str) -> Non
     first, again, other = (losses(model, batch, seed=seed) for seed in (1, 1, 2))
     assert first == again
     assert len({first, other, losses(plain, batch)}) == 3
+
+
+@pytest.mark.parametrize("seed", [0, 17, 2**32 - 1])
+def test_what_is_dropped_follows_from_any_seed_the_step_and_the_rank(seed: int) -> None:
+    drawn = []
+    for step, rank in ((0, 0), (1, 0), (0, 1), (100_000, 63)):
+        seed_step(seed, step, rank)
+        drawn.append(tuple(torch.rand(4).tolist()))
+        seed_step(seed, step, rank)
+        assert tuple(torch.rand(4).tolist()) == drawn[-1]
+    assert len(set(drawn)) == 4
 
 
 @pytest.mark.parametrize("family", ["gpt2", "phi3"])

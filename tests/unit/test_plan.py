@@ -17,34 +17,18 @@ from launcher.plan import earlier
 from launcher.plan.batch import batch_layout
 from launcher.plan.deepspeed import deepspeed_config
 from launcher.plan.facts import ClusterFacts, NodeFacts, this_machine
-from launcher.plan.plan import DataFacts, LayoutPlan, Plan
+from launcher.plan.plan import LayoutPlan, Plan
 from launcher.plan.resolve import resolve, resolve_model
 from launcher.plan.resolve_data import resolve_data
 from launcher.recipe.load import load
 from launcher.store.location import local_folder
 from tests.distributed.tiny import tiny_plan
+from tests.plans import data_facts
 
 LAPTOP = ClusterFacts((NodeFacts("laptop", cpus=8, gpus=0),))
 UNEVEN = ClusterFacts((NodeFacts("a", cpus=4, gpus=0), NodeFacts("b", cpus=2, gpus=0)))
 TAKEN = ClusterFacts((NodeFacts("a", cpus=16, gpus=0, used_gpus=4),))
 GPUS = ClusterFacts((NodeFacts("a", cpus=16, gpus=4), NodeFacts("b", cpus=16, gpus=4)))
-
-FACTS: dict[str, Any] = {
-    "folder": "/prepared",
-    "content_hash": "0123",
-    "train_rows": 1000,
-    "train_documents": 3000,
-    "train_tokens": 500_000,
-    "train_supervised_tokens": 200_000,
-    "eval_documents": 20,
-    "eval_supervised_tokens": 1000,
-    "test_documents": 5,
-    "dropped": {},
-    "vocab_size": 300,
-    "formats": {},
-    "classes": (),
-    "retain_documents": 0,
-}
 
 
 @pytest.fixture
@@ -57,9 +41,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def plan(here: Path, *overrides: str, cluster: ClusterFacts = LAPTOP, parameters: int = 10**6, **facts: Any) -> Plan:
     loaded, run_dir = load("x.yaml", overrides), here / "runs" / "x"
-    found = DataFacts(**(FACTS | facts))
     model, data = resolve_model(loaded, run_dir), resolve_data(loaded)
-    return resolve(loaded, cluster, model, data, found, parameters, "x", run_dir, str(run_dir))
+    return resolve(loaded, cluster, model, data, data_facts(**facts), parameters, "x", run_dir, str(run_dir))
 
 
 def leaves(value: Any, key: str = "") -> list[tuple[str, Any]]:
@@ -176,7 +159,7 @@ def test_a_run_in_a_store_has_its_spool_on_every_machine(here: Path, monkeypatch
     url = "s3://bucket/runs/x"
     spool = local_folder(url)
     loaded = load("x.yaml")
-    facts = DataFacts(**(FACTS | {"folder": str(spool / "data")}))
+    facts = data_facts(folder=str(spool / "data"))
     model = resolve_model(loaded, spool)
     began = resolve(loaded, LAPTOP, model, resolve_data(loaded), facts, 10**6, "x", spool, url)
     monkeypatch.setenv("SLIPWAY_SPOOL", str(here / "two"))

@@ -20,12 +20,12 @@ from launcher.driver.resume import (
 from launcher.driver.start import create_run_folder
 from launcher.errors import RecipeError
 from launcher.plan.facts import this_machine
-from launcher.plan.plan import DataFacts, Plan
+from launcher.plan.plan import Plan
 from launcher.plan.resolve import resolve, resolve_model
 from launcher.plan.resolve_data import resolve_data
 from launcher.recipe.load import LoadedRecipe, load
 from launcher.train.verdict import Verdict
-from tests.unit.test_plan import FACTS
+from tests.plans import data_facts
 
 RECIPE = """
 description: the first try
@@ -50,7 +50,7 @@ def begun(folder: str, *overrides: str, end: str | None = None, age_s: float = 0
     loaded = load("x.yaml", overrides)
     run_dir = Path(folder).absolute()
     run_dir.mkdir(parents=True)
-    model, data, facts = resolve_model(loaded, run_dir), resolve_data(loaded), DataFacts(**FACTS)
+    model, data, facts = resolve_model(loaded, run_dir), resolve_data(loaded), data_facts()
     name = loaded.recipe.name or "x"
     plan = resolve(loaded, this_machine(), model, data, facts, 10**6, name, run_dir, str(run_dir))
     create_run_folder(plan, loaded)
@@ -119,6 +119,19 @@ def test_a_run_that_stopped_early_goes_on_once_its_guards_are_otherwise() -> Non
     assert may_change("evaluate.retain.limit")
 
 
+@pytest.mark.parametrize("key", ["evaluate", "evaluate.max_rows", "evaluate.retain.max_rows", "evaluate.retain"])
+def test_what_was_measured_before_is_compared_with_the_same_rows(key: str) -> None:
+    assert not may_change(key)
+    plan = begun("runs/mine")
+    with pytest.raises(RecipeError) as error:
+        resumed_plan(plan.location, [f"{key}=5"], this_machine())
+    [problem] = error.value.problems
+    assert problem.key == key
+    assert problem.hint is not None
+    assert "evaluate.*" in problem.hint
+    assert "but for which rows are measured" in problem.hint
+
+
 def test_a_run_that_stopped_early_is_said_to_have(capsys: pytest.CaptureFixture[str]) -> None:
     guards = ["data.eval.split=0.1", "evaluate.early_stopping.patience=2", "export.enabled=false"]
     plan = begun("mine", *guards)
@@ -185,7 +198,7 @@ def test_the_same_files_from_another_place_are_the_same(here: Path, monkeypatch:
     loaded = load("recipes/x.yaml")
     run_dir = here / "mine"
     run_dir.mkdir()
-    model, data, facts = resolve_model(loaded, run_dir), resolve_data(loaded), DataFacts(**FACTS)
+    model, data, facts = resolve_model(loaded, run_dir), resolve_data(loaded), data_facts()
     plan = resolve(loaded, this_machine(), model, data, facts, 10**6, "x", run_dir, str(run_dir))
     create_run_folder(plan, loaded)
     monkeypatch.chdir(here / "recipes")

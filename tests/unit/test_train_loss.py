@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,36 +10,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from launcher.data.loader import MicroBatch
-from launcher.model.attention import register, supports_packing
 from launcher.model.fuse import fuse
 from launcher.train.evaluate import evaluating
-from launcher.train.loss import SupervisedLoss
 from launcher_kernels import dispatch
 from launcher_kernels.cross_entropy import cross_entropy_sum
-from tests import interpreter
-from tests.model_families import pack, tiny_model
+from tests.model_families import loss_of, pack, tiny_model
 
-CPU = torch.device("cpu")
 SMOOTHING = 0.15
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _attention() -> Iterator[None]:
-    register()
-    interpreter.mend()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def loss_of(model: Any, smoothing: float) -> SupervisedLoss:
-    return SupervisedLoss(model, model, supports_packing(type(model), model.config), CPU, smoothing)
 
 
 def expected(model: Any, batch: MicroBatch, smoothing: float) -> Tensor:
     """By torch, from the logits of the supervised tokens."""
-    logits = loss_of(model, 0.0).logits(batch)
+    logits = loss_of(model).logits(batch)
     losses = F.cross_entropy(logits, batch.targets, reduction="none", label_smoothing=smoothing)
     return losses.sum() if batch.weights is None else (losses * batch.weights).sum()
 

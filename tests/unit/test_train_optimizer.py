@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.model.adapters import apply_method
-from launcher.model.attention import register
 from launcher.plan.plan import Plan, UnfreezePlan
 from launcher.train.optimizer import build_optimizer, parameter_groups, set_learning_rate
 from tests.distributed.tiny import tiny_plan
-from tests.model_families import tiny_model
+from tests.model_families import SIZES, tiny_model
 from tests.plans import method_plan, optimizer_plan
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _attention() -> None:
-    register()
 
 
 def plan_of(tmp_path: Path, **optimizer: Any) -> Plan:
@@ -46,6 +42,17 @@ def test_without_other_keys_there_are_two_matrices_first(tmp_path: Path) -> None
     shapes = {name: parameter.dim() for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert groups[1.0, 0.1] == [name for name, dimensions in shapes.items() if dimensions > 1]
     assert groups[1.0, 0.0] == [name for name, dimensions in shapes.items() if dimensions == 1]
+
+
+@pytest.mark.parametrize(("family", "names"), [("gpt_oss", r"experts\..*_bias$"), ("cohere", r"[qk]_norm\.weight$")])
+def test_norms_and_biases_of_two_dimensions_do_not_decay_either(tmp_path: Path, family: str, names: str) -> None:
+    config = AutoConfig.for_model(family, **SIZES, num_local_experts=4, use_qk_norm=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    of_two = {name for name, one in model.named_parameters() if re.search(names, name)}
+    assert {model.get_parameter(name).dim() for name in of_two} == {2}
+    assert len(of_two) == 4
+    assert of_two <= set(grouped(model, plan_of(tmp_path))[1.0, 0.0])
 
 
 def test_rates_fall_from_layer_to_layer(tmp_path: Path) -> None:

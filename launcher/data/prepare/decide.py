@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from launcher.data.classified import class_names
 from launcher.data.clean.near import first_wins
-from launcher.data.prepare.balance import balance, source_copies
+from launcher.data.prepare.balance import balance, independent_draws, source_copies
 from launcher.data.prepare.replay import candidates
 from launcher.data.prepare.roles import SETS, roles
 from launcher.data.prepare.scan import CONTAMINATED
-from launcher.data.prepare.split import Digests, as_digests, draws, group_digests, split
+from launcher.data.prepare.split import Digests, as_digests, group_digests, split
 from launcher.data.store import Set
 from launcher.errors import DataError
 from launcher.plan.plan import DataPlan
@@ -177,7 +177,7 @@ class _Deciding:
         """Leave out what is far from being drawn, without a word on each."""
         if self.data.replay is not None:
             rows = np.flatnonzero(self.sets == Set.REPLAY)
-            drawn = candidates(draws(self.digests[rows]), num_training, self.data.replay.share)
+            drawn = candidates(independent_draws(self.digests[rows]), num_training, self.data.replay.share)
             self.sets[rows[~drawn]] = LEFT_OUT
 
     @property

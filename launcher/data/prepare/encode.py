@@ -195,7 +195,8 @@ class Encode:
             message = f"{num_tokens} tokens, and data.max_length is {limit}"
             match data.too_long:
                 case "stop":
-                    hint = "raise data.max_length, or set data.too_long to drop, truncate_end, truncate_start or split"
+                    ways = "drop, truncate_end or truncate_start" + (" or split" if data.head is None else "")
+                    hint = f"raise data.max_length, or set data.too_long to {ways}"
                     raise DataError(f"{where}: {message}", hint=hint)
                 case "drop":
                     _drop(part, row, TOO_LONG, message, num_tokens)

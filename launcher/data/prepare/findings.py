@@ -160,6 +160,9 @@ def _left_out(sources: list[SourceReport]) -> Iterator[str]:
 
 def _classes(report: Report) -> Iterator[str]:
     labels = {name: label for name, label in report.labels.items() if label.rows}
+    if report.settings.classifies and (unseen := [name for name in report.labels if name not in labels]):
+        more = f" or of {len(unseen) - 1} more" if len(unseen) > 1 else ""
+        yield f"no training row is of class {unseen[0]!r}{more}: the model cannot learn to tell it"
     if len(labels) < 2:
         return
     most, least = (choose(labels, key=lambda name: labels[name].rows) for choose in (max, min))

@@ -1,7 +1,8 @@
 """Rows of what a model learned earlier, among those it learns from: how many, and which. Pure functions.
 
-Which ones is drawn from their own words, as the held-out rows are; the seed has no say. What is counted are documents:
-those of an epoch, once `data.clean` and `data.max_length` have been applied to all.
+Which ones is drawn from their own words, and independently of what is held out: of the same files the run before may
+have held rows out. The seed has no say. What is counted are documents: those of an epoch, once `data.clean` and
+`data.max_length` have been applied to all.
 """
 
 from __future__ import annotations

@@ -16,13 +16,13 @@ MOST_CLASSES = 200
 def class_figures(answers: Sequence[str], references: Sequence[str], labels: Sequence[str] = ()) -> dict[str, Any]:
     """{accuracy, precision_macro, recall_macro, f1_macro, of: {class: {precision, recall, f1, rows}}}, 0 to 1.
 
-    The classes are `labels`, or where none are given the references themselves, white space aside. Macro is the plain
-    mean over the classes that a reference has. A precision or recall of nothing at all counts as 0.
+    The classes are `labels`, to the letter, or where none are given the references themselves, white space aside.
+    Macro is the plain mean over the classes that a reference has. A precision or recall of nothing at all counts as 0.
 
     Raises:
         DataError: more different references than classes can be.
     """
-    truth, said = [_tidy(reference) for reference in references], [_tidy(answer) for answer in answers]
+    truth, said = (list(texts) if labels else list(map(_tidy, texts)) for texts in (references, answers))
     names = list(labels) or sorted(set(truth))
     if not labels and len(names) > MOST_CLASSES:
         raise DataError(

@@ -29,7 +29,8 @@ class UserMetric(UserCode):
     def _number(self, value: object, of: str) -> float:
         number = math.nan
         if not isinstance(value, bool | str):
-            with contextlib.suppress(TypeError, ValueError, RuntimeError):  # whatever NumPy or torch say of several
+            # Whatever NumPy or torch say of several, and Python of an integer that is no float.
+            with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):
                 number = float(value)  # type: ignore[arg-type]
         if math.isfinite(number):
             return number

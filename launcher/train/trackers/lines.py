@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.plan.plan import Plan
+from launcher.recipe.secret import masked
 from launcher.train.metrics import attempt_of
 
 MEASURES = ("step", "eval", "answers", "system", "startup")
@@ -44,6 +47,12 @@ def as_line(record: Mapping[str, Any], step: int) -> Line:
         numbers=dict(numbers(said, kind)),
         words=None if kind in MEASURES else words(kind, said),
     )
+
+
+def settings(plan: Plan) -> dict[str, Any]:
+    """The Plan as trackers show it: without origins, and without passwords in URLs."""
+    values: dict[str, Any] = json.loads(masked(plan.model_dump_json(exclude={"origins"})))
+    return values
 
 
 def numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:

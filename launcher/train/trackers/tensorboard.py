@@ -5,6 +5,7 @@ It keeps 32-bit floats.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event
@@ -14,7 +15,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from launcher.plan.plan import Plan
 from launcher.train.trackers.kept import Kept
-from launcher.train.trackers.lines import Line
+from launcher.train.trackers.lines import Line, settings
 
 FOLDER = "tensorboard"
 
@@ -46,7 +47,7 @@ def opened(plan: Plan, kept: Kept) -> TensorBoard:
     """A new file in the run's folder, the first of which shows the Plan."""
     tracker = TensorBoard(Path(plan.run_dir) / FOLDER)
     if kept.get("id") is None:
-        written = plan.model_dump_json(indent=4, exclude={"origins"})
+        written = json.dumps(settings(plan), indent=4, ensure_ascii=False)
         tracker.text("plan", "\n".join(f"    {line}" for line in written.splitlines()), 0, 0.0)
         kept.put(id=FOLDER)
     return tracker

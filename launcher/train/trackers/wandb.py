@@ -12,7 +12,7 @@ import wandb
 
 from launcher.plan.plan import Plan
 from launcher.train.trackers.kept import Kept
-from launcher.train.trackers.lines import Line
+from launcher.train.trackers.lines import Line, settings
 
 AXIS = "at_step"
 """W&B's own step must grow with each line, and a line `eval` is of the same step as the one before it."""
@@ -46,7 +46,7 @@ def opened(plan: Plan, kept: Kept) -> WandB:
         id=kept.get("id"),
         dir=plan.run_dir,
         resume="allow",
-        config=plan.model_dump(mode="json", exclude={"origins"}),
+        config=settings(plan),
         allow_val_change=True,
         settings=wandb.Settings(
             console="off",
