@@ -30,7 +30,10 @@ from launcher.plan.plan import DataFacts, DataPlan, ModelPlan
 
 CODE_VERSION = 3
 """Raised with every change that gives other tokens, masks or packs for the same input."""
-DECIDING_PACKAGES = ("transformers", "tokenizers", "sentencepiece", "Jinja2", "numpy", "datasketch", "py3langid", "ftfy")
+DECIDING_PACKAGES = (
+    *("transformers", "tokenizers", "sentencepiece", "Jinja2", "numpy"),
+    *("datasketch", "py3langid", "ftfy"),
+)
 """Their versions are part of the key: they may render, tokenize or judge otherwise."""
 
 _TOKENIZER_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".py"}
