@@ -337,11 +337,13 @@ def test_a_part_that_fails_for_good(
 ) -> None:
     monkeypatch.setattr(objects, "_PART_BYTES", 5 << 20)
     through(lambda _, command, path: "busy" if "partNumber=2" in path else "")
-    store = ObjectStore(new_url(), attempts=1)
+    url = new_url()
+    store = ObjectStore(url, attempts=1)
     with pytest.raises(OSError, match=r"Please reduce your request rate \(SlowDown\)"), store.writing("large") as write:
         write(CONTENT)
     assert store.names() == []
-    assert b"<UploadId>" not in ask(server, "GET", f"/{BUCKET}?uploads")[1]
+    # Those of other tests may be there: of a beginning whose answer was lost nobody knows.
+    assert Path(url).name not in ask(server, "GET", f"/{BUCKET}?uploads")[1].decode()
 
 
 def test_a_server_that_ignores_if_none_match(through: Callable[..., Proxy]) -> None:
