@@ -262,6 +262,10 @@ UNEVEN = {"much": LabelReport(rows=800, copies=800, weight=0.5), "little": Label
             ["no training row is of class 'odd': the model cannot learn"],
         ),
         (
+            {"labels": EVEN | {"B": EVEN["b"]}, "plan": {"head": (), "packing": False}, "packs": None},
+            ["classes 'b' and 'B' differ in capitals alone"],
+        ),
+        (
             {"labels": EVEN | dict.fromkeys("xyz", NONE), "plan": {"head": (), "packing": False}, "packs": None},
             ["no training row is of class 'x' or of 2 more"],
         ),

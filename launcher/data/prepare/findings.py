@@ -163,6 +163,11 @@ def _classes(report: Report) -> Iterator[str]:
     if report.settings.classifies and (unseen := [name for name in report.labels if name not in labels]):
         more = f" or of {len(unseen) - 1} more" if len(unseen) > 1 else ""
         yield f"no training row is of class {unseen[0]!r}{more}: the model cannot learn to tell it"
+    if report.settings.classifies:
+        alike: dict[str, str] = {}
+        for name in report.labels:
+            if (other := alike.setdefault(name.casefold(), name)) != name:
+                yield f"classes {other!r} and {name!r} differ in capitals alone: write them alike if they are one class"
     if len(labels) < 2:
         return
     most, least = (choose(labels, key=lambda name: labels[name].rows) for choose in (max, min))
