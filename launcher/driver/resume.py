@@ -30,10 +30,7 @@ from launcher.train.verdict import Verdict
 
 RESUME_SECTIONS = ("evaluate", "guard", "checkpoint", "logging", "cluster", "export")
 RESUME_KEYS = ("train.epochs", "train.max_steps", "train.max_time", "audit", "model.attention", "model.kernels")
-ROWS_KEYS = (
-    *("evaluate", "evaluate.max_rows"),
-    *("evaluate.retain", "evaluate.retain.sources", "evaluate.retain.max_rows"),
-)
+ROWS_KEYS = ("evaluate", "evaluate.max_rows", "evaluate.retain", "evaluate.retain.sources", "evaluate.retain.max_rows")
 """What says which rows are measured: of others the loss before, the best one and patience would mean nothing."""
 LAYOUT_KEYS = ("cluster.workers", "cluster.cpus_per_worker")
 """Those that ask for another layout: the rest of `cluster` is about failures."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.plan.plan import Plan
-from launcher.recipe.secret import masked
+from launcher.recipe.addresses import without_secrets
 
 FINGERPRINT = "(model) fingerprint"
 _KEYS = {
@@ -94,7 +94,7 @@ def settings(plan: Plan) -> dict[str, Setting]:
     """{key: value and origin}, in the order of the Plan; without passwords in URLs."""
     found: dict[str, Setting] = {}
     for part in ("trajectory", "layout", "lifecycle"):
-        for place, value in _leaves(json.loads(masked(getattr(plan, part).model_dump_json())), part):
+        for place, value in _leaves(json.loads(without_secrets(getattr(plan, part).model_dump_json())), part):
             key = _key(place)
             shown = _WORDS[key][value] if key in _WORDS else value
             found[key] = Setting(shown, _origin(key, plan.origins))

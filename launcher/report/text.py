@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from html import escape
 
-from launcher.recipe.secret import masked
+from launcher.recipe.addresses import without_secrets
 
 _INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 """Control characters but tab and newline, marks that turn the direction of writing, halves of surrogate pairs."""
@@ -24,7 +24,7 @@ def visible(text: str) -> str:
 
 def escaped(text: str) -> str:
     """Text that a page shows as it is, but for passwords in URLs: a page is sent to others."""
-    return escape(visible(masked(text)))
+    return escape(visible(without_secrets(text)))
 
 
 def cut(text: str, most: int = MOST_CHARACTERS) -> str:

@@ -61,7 +61,7 @@ def restore(parts: Parts, progress: Progress) -> Progress:
     life, saver = parts.plan.lifecycle, parts.saver
     if not life.export_best:
         return progress
-    engine = weakref.ref(parts.engine)
+    engine = weakref.ref(parts.engine)  # weakly: where another is built, this one's memory is to go first
     first = dist.get_rank() == 0
     doing = f"looking for the best checkpoint in {saver.store}"
     ranked = together(

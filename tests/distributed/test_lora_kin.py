@@ -219,7 +219,7 @@ def compare(plans: dict[str, Plan], alone: dict[str, list[float]]) -> None:
     assert all(losses[-1] < 0.97 * losses[0] for losses in alone.values())
 
 
-def test_each_is_petfs_own_at_every_stage(runs: Runs) -> None:
+def test_each_is_petfs_own(runs: Runs) -> None:
     compare(runs.plans, runs.alone)
 
 

@@ -31,7 +31,8 @@ def dotted(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-NAMES = {dotted(path) for path in (*MODULES, *KERNELS)} | {f"launcher.{part}" for part in ROOMS}
+NAMES = {dotted(path) for path in MODULES} | {f"launcher.{part}" for part in ROOMS}
+"""What an import may name that is a file or a part, and not something in one."""
 
 
 def room(module: str) -> str | None:

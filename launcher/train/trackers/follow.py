@@ -20,7 +20,7 @@ from typing import Protocol
 from filelock import FileLock
 
 from launcher.plan.plan import Plan
-from launcher.recipe.secret import masked
+from launcher.recipe.addresses import without_secrets
 from launcher.train.metrics import FILE as METRICS_FILE
 from launcher.train.metrics import Counting
 from launcher.train.metrics import follow as lines_of
@@ -104,7 +104,7 @@ class Follower(threading.Thread):
             yield [line for line in lines if is_new(line)]
 
     def _complain(self, error: BaseException) -> None:
-        said = masked(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+        said = without_secrets(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
         if self._kept.get("failed") is None:
             log.warning("%s takes nothing, which changes nothing for the run: %s", self.name, said)
         self._kept.put(failed=said)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.plan.plan import Plan
-from launcher.recipe.secret import masked
+from launcher.recipe.addresses import without_secrets
 from launcher.train.metrics import attempt_of
 
 MEASURES = ("step", "eval", "answers", "system", "startup")
@@ -51,7 +51,7 @@ def as_line(record: Mapping[str, Any], step: int) -> Line:
 
 def settings(plan: Plan) -> dict[str, Any]:
     """The Plan as trackers show it: without origins, and without passwords in URLs."""
-    values: dict[str, Any] = json.loads(masked(plan.model_dump_json(exclude={"origins"})))
+    values: dict[str, Any] = json.loads(without_secrets(plan.model_dump_json(exclude={"origins"})))
     return values
 
 

@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
 from launcher.plan.plan import Plan
-from launcher.recipe.secret import masked
+from launcher.recipe.addresses import without_secrets
 from launcher.train.trackers.kept import Kept
 from launcher.train.trackers.lines import Line, settings
 
@@ -60,7 +60,7 @@ def opened(plan: Plan, kept: Kept) -> MLflow:
         name = plan.lifecycle.project
         experiment = client.get_experiment_by_name(name)
         number = experiment.experiment_id if experiment else client.create_experiment(name)
-        run = client.create_run(number, run_name=plan.name, tags={"slipway.run": masked(plan.location)})
+        run = client.create_run(number, run_name=plan.name, tags={"slipway.run": without_secrets(plan.location)})
         kept.put(id=run.info.run_id)
     else:
         client.update_run(kept.get("id"), status="RUNNING")

@@ -10,7 +10,7 @@ _SIGNED = re.compile(
 )
 
 
-def masked(text: str) -> str:
+def without_secrets(text: str) -> str:
     """`text`, which may be JSON, with *** for whatever stands before the host of a URL, and for keys, tokens and
     signatures in its query."""
     return _SIGNED.sub(r"\1***", _USER.sub("***", text))
